@@ -1,0 +1,139 @@
+#include "bindings/tensor.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <stdexcept>
+
+namespace fastres::bindings {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+std::optional<Dtype> to_dtype(ScalarType type) {
+    switch (type) {
+        case ScalarType::Float: return Dtype::f32;
+        case ScalarType::BFloat16: return Dtype::bf16;
+        case ScalarType::Half: return Dtype::f16;
+        case ScalarType::Double: return Dtype::f64;
+        default: return std::nullopt;
+    }
+}
+
+ScalarType to_scalar_type(Dtype dtype) {
+    switch (dtype) {
+        case Dtype::f32: return ScalarType::Float;
+        case Dtype::bf16: return ScalarType::BFloat16;
+        case Dtype::f16: return ScalarType::Half;
+        case Dtype::f64: return ScalarType::Double;
+    }
+    return ScalarType::Undefined;
+}
+
+Dtype dtype_of(const char* op, const char* argument, const Tensor& tensor) {
+    if (const auto dtype = to_dtype(tensor.scalar_type())) return *dtype;
+    fail(op, std::string(argument) + " has an unsupported dtype; takes float32, bfloat16, float16 or float64");
+}
+
+std::string shape_text(const Tensor& tensor) {
+    std::string text;
+    for (const int64_t size : tensor.sizes()) text += (text.empty() ? "" : ", ") + std::to_string(size);
+    return "[" + text + "]";
+}
+
+// Whether memory is walked in the order of `dims` (outermost first) without gaps. Dimensions of size 1 have no say.
+bool is_dense(const Tensor& tensor, const int64_t* dims, int64_t count) {
+    int64_t expected = 1;
+    for (int64_t i = count - 1; i >= 0; --i) {
+        if (tensor.size(dims[i]) == 1) continue;
+        if (tensor.stride(dims[i]) != expected) return false;
+        expected *= tensor.size(dims[i]);
+    }
+    return true;
+}
+
+constexpr int64_t kMaxDims = 5;
+
+bool is_dense_contiguous(const Tensor& tensor) {
+    constexpr int64_t order[kMaxDims] = {0, 1, 2, 3, 4};
+    return is_dense(tensor, order, tensor.dim());
+}
+
+bool is_dense_channels_last(const Tensor& tensor) {
+    int64_t order[kMaxDims] = {0};
+    for (int64_t i = 2; i < tensor.dim(); ++i) order[i - 1] = i;
+    order[tensor.dim() - 1] = 1;
+    return is_dense(tensor, order, tensor.dim());
+}
+
+bool same_device(const Tensor& a, const Tensor& b) {
+    return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
+
+Tensor empty(const Tensor& input, int64_t elements, ScalarType type) {
+    const int64_t size[1] = {elements};
+    return torch::stable::empty({size, 1}, type, std::nullopt, input.device());
+}
+
+}  // namespace
+
+void fail(const char* op, const std::string& message) {
+    throw std::runtime_error("fastres::" + std::string(op) + ": " + message);
+}
+
+Activation activation(const char* op, const char* argument, const Tensor& tensor) {
+    const int64_t dims = tensor.dim();
+    if (dims < 2 || dims > kMaxDims)
+        fail(op, std::string(argument) + " has shape " + shape_text(tensor) + ", expected 2 to 5 dimensions");
+    if (tensor.numel() == 0) fail(op, std::string(argument) + " has shape " + shape_text(tensor) + ", which is empty");
+    Activation shape{};
+    shape.batch = tensor.size(0);
+    shape.channels = tensor.size(1);
+    shape.pixels = tensor.numel() / (shape.batch * shape.channels);
+    shape.dtype = dtype_of(op, argument, tensor);
+    shape.channels_last = is_dense_channels_last(tensor);
+    if (!shape.channels_last && !is_dense_contiguous(tensor))
+        fail(op, std::string(argument) + " is strided; expected contiguous or channels_last memory");
+    return shape;
+}
+
+void check_like_input(const char* op, const char* argument, const Tensor& tensor, const Tensor& input) {
+    if (!same_device(tensor, input)) fail(op, std::string(argument) + " is not on the device of input");
+    bool same_shape = tensor.dim() == input.dim();
+    for (int64_t i = 0; same_shape && i < input.dim(); ++i) same_shape = tensor.size(i) == input.size(i);
+    if (!same_shape)
+        fail(op, std::string(argument) + " has shape " + shape_text(tensor) + ", expected " + shape_text(input) +
+                     " (the shape of input)");
+    if (tensor.scalar_type() != input.scalar_type())
+        fail(op, std::string(argument) + " differs from input in dtype");
+    for (int64_t i = 0; i < input.dim(); ++i)
+        if (input.size(i) != 1 && tensor.stride(i) != input.stride(i))
+            fail(op, std::string(argument) + " differs from input in memory layout");
+}
+
+ChannelVector channel_vector(const char* op, const char* argument, const OptionalTensor& tensor,
+                             const Tensor& input) {
+    if (!tensor) return {};
+    const int64_t channels = input.size(1);
+    if (tensor->dim() != 1 || tensor->size(0) != channels)
+        fail(op, std::string(argument) + " has shape " + shape_text(*tensor) + ", expected [" +
+                     std::to_string(channels) + "] (one value a channel)");
+    if (!same_device(*tensor, input)) fail(op, std::string(argument) + " is not on the device of input");
+    if (channels > 1 && tensor->stride(0) != 1) fail(op, std::string(argument) + " is strided; expected dense memory");
+    const Dtype dtype = dtype_of(op, argument, *tensor);
+    const Dtype input_dtype = dtype_of(op, "input", input);
+    if (dtype != input_dtype && dtype != accumulation_dtype(input_dtype))
+        fail(op, std::string(argument) + " is " + name(dtype) + ", expected " + name(input_dtype) + " or " +
+                     name(accumulation_dtype(input_dtype)) + " for an input of " + name(input_dtype));
+    return {tensor->data_ptr(), dtype};
+}
+
+Tensor empty_channels(const Tensor& input, int64_t channels) {
+    const auto dtype = to_dtype(input.scalar_type());
+    return empty(input, channels, to_scalar_type(accumulation_dtype(*dtype)));
+}
+
+Tensor empty_bytes(const Tensor& input, int64_t bytes) { return empty(input, bytes, ScalarType::Byte); }
+
+Tensor nothing(const Tensor& input) { return empty(input, 0, input.scalar_type()); }
+
+}  // namespace fastres::bindings

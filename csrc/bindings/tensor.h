@@ -1,0 +1,35 @@
+// Torch tensors as the kernels see them: checks first, then shapes and raw pointers.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+
+#include "core/batch_norm.h"
+
+namespace fastres::bindings {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Throws std::runtime_error("fastres::<op>: <message>").
+[[noreturn]] void fail(const char* op, const std::string& message);
+
+// (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W), dense and non-empty, contiguous or channels last.
+Activation activation(const char* op, const char* argument, const Tensor& tensor);
+
+// Checks that `tensor` has the shape, dtype, device and memory layout of `input`.
+void check_like_input(const char* op, const char* argument, const Tensor& tensor, const Tensor& input);
+
+// One value a channel, dense, on input's device; null where None. A low-precision vector may accompany only an
+// input of its own dtype, and float64 only float64, as in torch.nn.functional.batch_norm.
+ChannelVector channel_vector(const char* op, const char* argument, const OptionalTensor& tensor,
+                             const Tensor& input);
+
+// Uninitialised one-dimensional tensors on input's device: accumulators, a workspace, a stand-in for "none".
+Tensor empty_channels(const Tensor& input, int64_t channels);
+Tensor empty_bytes(const Tensor& input, int64_t bytes);
+Tensor nothing(const Tensor& input);
+
+}  // namespace fastres::bindings

@@ -1,0 +1,20 @@
+// Which instruction set's kernels run.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace fastres::cpu {
+
+// Names of the units that this build holds and this processor can run, slowest first; "scalar" always.
+std::vector<std::string> available_isas();
+
+// The unit in use: the fastest available one, or what FASTRES_CPU_ISA or select_isa() asked for.
+const Kernels& kernels();
+
+// Throws std::invalid_argument, naming the choices, where `isa` is not available here.
+void select_isa(const std::string& isa);
+
+}  // namespace fastres::cpu
