@@ -1,4 +1,4 @@
-"""Hands the build to CMake, so that pip and a C++ developer's `cmake -G Ninja -B build` make the same library.
+"""Hands the build to CMake, so that pip and `cmake -G Ninja -B build` make the same library.
 
 FASTRES_CUDA and FASTRES_CUDA_ARCHS are taken from the environment; CMakeLists.txt says what they mean.
 """

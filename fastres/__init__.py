@@ -1,4 +1,4 @@
-"""Fused ResNets for PyTorch: conv, batch norm, ReLU and the residual addition in as few passes as they take."""
+"""ResNets for PyTorch with convolution, batch norm, ReLU and the residual addition fused."""
 
 from fastres import ops
 from fastres._C import build_info

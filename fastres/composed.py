@@ -1,4 +1,4 @@
-"""The fused operations composed of PyTorch's own: what runs where no kernel covers a case, differentiable throughout."""
+"""The fused operations composed of PyTorch's own, for what no kernel covers."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ def bn_act(
 def bn_act_backward(grad, input, output, weight, bias, mean, rstd, training, relu):
     """The gradients of bn_act, by the formulas of csrc/core/bn_math.h, themselves differentiable.
 
-    `output` is None where no residual was added. Returns grad_input, grad_residual or None, grad_weight, grad_bias.
+    `output` is None where no residual was added. Returns the gradients of
+    input, residual (or None), weight and bias.
     """
     dims = [d for d in range(input.dim()) if d != 1]
     shape = [1, -1] + [1] * (input.dim() - 2)

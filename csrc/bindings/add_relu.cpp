@@ -1,4 +1,5 @@
-// fastres::add_relu_forward and fastres::add_relu_backward: relu(input + other) and its gradient, in one pass each.
+// fastres::add_relu_forward and fastres::add_relu_backward: relu(input + other) and its gradient, in one
+// pass each.
 #include <torch/csrc/stable/library.h>
 
 #include "bindings/device.h"
@@ -14,7 +15,9 @@ namespace {
 
 struct OnCpu {
     static void run(const AddRelu& args, const Tensor&) { cpu::add_relu(args, torch_threads()); }
-    static void run(const AddReluBackward& args, const Tensor&) { cpu::add_relu_backward(args, torch_threads()); }
+    static void run(const AddReluBackward& args, const Tensor&) {
+        cpu::add_relu_backward(args, torch_threads());
+    }
 };
 
 #if defined(FASTRES_CUDA)
@@ -34,7 +37,7 @@ template <class Device>
 Tensor forward(Tensor input, Tensor other) {
     const Activation shape = activation("add_relu_forward", "input", input);
     check_like_input("add_relu_forward", "other", other, input);
-    Tensor output = empty_like(input);
+    Tensor output = output_like(input);
     const AddRelu args{shape.numel(), shape.dtype, input.data_ptr(), other.data_ptr(), output.data_ptr()};
     Device::run(args, input);
     return output;
@@ -44,8 +47,9 @@ template <class Device>
 Tensor backward(Tensor grad, Tensor output) {
     const Activation shape = activation("add_relu_backward", "output", output);
     check_like_input("add_relu_backward", "grad", grad, output);
-    Tensor grad_input = empty_like(output);
-    const AddReluBackward args{shape.numel(), shape.dtype, grad.data_ptr(), output.data_ptr(), grad_input.data_ptr()};
+    Tensor grad_input = output_like(output);
+    const AddReluBackward args{shape.numel(), shape.dtype, grad.data_ptr(), output.data_ptr(),
+                               grad_input.data_ptr()};
     Device::run(args, output);
     return grad_input;
 }

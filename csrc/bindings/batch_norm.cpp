@@ -1,4 +1,5 @@
-// fastres::bn_act_forward and fastres::bn_act_backward: act(batch_norm(input) [+ residual]) and its gradient.
+// fastres::bn_act_forward and fastres::bn_act_backward: act(batch_norm(input) [+ residual]) and its
+// gradient.
 #include "core/batch_norm.h"
 
 #include <torch/csrc/stable/library.h>
@@ -19,12 +20,16 @@ constexpr const char* kForward = "bn_act_forward";
 constexpr const char* kBackward = "bn_act_backward";
 
 struct OnCpu {
+    static constexpr Dtype statistics = Dtype::f64;
     static void run(const BnForward& args, const Tensor&) { cpu::batch_norm(args, torch_threads()); }
-    static void run(const BnBackward& args, const Tensor&) { cpu::batch_norm_backward(args, torch_threads()); }
+    static void run(const BnBackward& args, const Tensor&) {
+        cpu::batch_norm_backward(args, torch_threads());
+    }
 };
 
 #if defined(FASTRES_CUDA)
 struct OnCuda {
+    static constexpr Dtype statistics = Dtype::f32;
     static void run(const BnForward& args, const Tensor& input) {
         const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
         const Tensor workspace = empty_bytes(input, cuda::batch_norm_workspace_bytes(args.shape));
@@ -39,9 +44,10 @@ struct OnCuda {
 #endif
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> forward(Tensor input, OptionalTensor residual, OptionalTensor running_mean,
-                                           OptionalTensor running_var, OptionalTensor weight, OptionalTensor bias,
-                                           bool training, double momentum, double eps, bool relu) {
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor input, OptionalTensor residual,
+                                           OptionalTensor running_mean, OptionalTensor running_var,
+                                           OptionalTensor weight, OptionalTensor bias, bool training,
+                                           double momentum, double eps, bool relu) {
     BnForward args{};
     args.shape = activation(kForward, "input", input);
     if (residual) check_like_input(kForward, "residual", *residual, input);
@@ -49,12 +55,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor input, OptionalTensor residual
     args.running_var = channel_vector(kForward, "running_var", running_var, input);
     args.weight = channel_vector(kForward, "weight", weight, input);
     args.bias = channel_vector(kForward, "bias", bias, input);
-    if (training && args.shape.rows() == 1) fail(kForward, "expected more than 1 value per channel when training");
+    if (training && args.shape.rows() == 1)
+        fail(kForward, "expected more than 1 value per channel when training");
     if (!training && !(running_mean && running_var))
         fail(kForward, "expected running_mean and running_var to be defined when training=False");
-    Tensor output = empty_like(input);
-    Tensor save_mean = empty_channels(input, args.shape.channels);
-    Tensor save_rstd = empty_channels(input, args.shape.channels);
+    Tensor output = output_like(input);
+    Tensor save_mean = empty_channels(input, Device::statistics);
+    Tensor save_rstd = empty_channels(input, Device::statistics);
     args.input = input.data_ptr();
     args.residual = residual ? residual->data_ptr() : nullptr;
     args.output = output.data_ptr();
@@ -68,12 +75,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor input, OptionalTensor residual
     return {output, save_mean, save_rstd};
 }
 
-// `output` is given where a residual was added, and only there: the mask cannot be recomputed from input then, and
-// the masked gradient, which is the residual's, is written. Without `relu`, the residual's gradient is `grad`.
+// `output` is given where a residual was added, and only there: the mask cannot be recomputed from input
+// then, and the masked gradient, which is the residual's, is written. Without `relu`, the residual's
+// gradient is `grad`.
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor input, OptionalTensor output,
-                                                    OptionalTensor weight, OptionalTensor bias, Tensor save_mean,
-                                                    Tensor save_rstd, bool training, bool relu) {
+                                                    OptionalTensor weight, OptionalTensor bias,
+                                                    Tensor save_mean, Tensor save_rstd, bool training,
+                                                    bool relu) {
     BnBackward args{};
     args.shape = activation(kBackward, "input", input);
     check_like_input(kBackward, "grad", grad, input);
@@ -81,20 +90,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor input, O
     if (output && !relu) fail(kBackward, "output is given without relu, which needs no mask");
     args.weight = channel_vector(kBackward, "weight", weight, input);
     args.bias = channel_vector(kBackward, "bias", bias, input);
-    const Dtype accumulation = accumulation_dtype(args.shape.dtype);
-    const ChannelVector mean = channel_vector(kBackward, "save_mean", save_mean, input);
-    const ChannelVector rstd = channel_vector(kBackward, "save_rstd", save_rstd, input);
-    if (mean.dtype != accumulation || rstd.dtype != accumulation)
-        fail(kBackward, std::string("save_mean and save_rstd must be ") + name(accumulation));
-    Tensor grad_input = empty_like(input);
-    Tensor grad_residual = output ? empty_like(input) : nothing(input);
-    Tensor grad_weight = empty_channels(input, args.shape.channels);
-    Tensor grad_bias = empty_channels(input, args.shape.channels);
+    check_statistics(kBackward, "save_mean", save_mean, input, Device::statistics);
+    check_statistics(kBackward, "save_rstd", save_rstd, input, Device::statistics);
+    Tensor grad_input = output_like(input);
+    Tensor grad_residual = output ? output_like(input) : nothing(input);
+    Tensor grad_weight = empty_channels(input, accumulation_dtype(args.shape.dtype));
+    Tensor grad_bias = empty_channels(input, accumulation_dtype(args.shape.dtype));
     args.grad = grad.data_ptr();
     args.input = input.data_ptr();
     args.output = output ? output->data_ptr() : nullptr;
-    args.save_mean = mean.data;
-    args.save_rstd = rstd.data;
+    args.save_mean = save_mean.data_ptr();
+    args.save_rstd = save_rstd.data_ptr();
     args.grad_input = grad_input.data_ptr();
     args.grad_residual = output ? grad_residual.data_ptr() : nullptr;
     args.grad_weight = grad_weight.data_ptr();

@@ -11,6 +11,8 @@
 #include "cpu/parallel.h"
 
 #if defined(FASTRES_CUDA)
+#include "cuda/stream.h"
+
 // A CPU-only torch does not define it; without this, the library would not load there.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
                                                                                    void** ret_stream);
@@ -27,12 +29,12 @@ inline cpu::ThreadPool torch_threads() {
 }
 
 #if defined(FASTRES_CUDA)
-inline struct CUstream_st* current_stream(const torch::stable::Tensor& tensor) {
+inline cuda::Stream current_stream(const torch::stable::Tensor& tensor) {
     if (!aoti_torch_get_current_cuda_stream)
         throw std::runtime_error("fastres: a CUDA tensor came in, but this PyTorch has no CUDA");
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-    return static_cast<struct CUstream_st*>(stream);
+    return static_cast<cuda::Stream>(stream);
 }
 #endif
 

@@ -27,7 +27,8 @@ py::dict build_info() {
 std::vector<std::string> kernels() {
     std::vector<std::string> names;
     for (const std::string& isa : fastres::cpu::available_isas())
-        for (const char* kernel : {"bn_moments", "bn_apply", "bn_reduce", "bn_input_grad", "add_relu", "add_relu_grad"})
+        for (const char* kernel :
+             {"bn_moments", "bn_apply", "bn_reduce", "bn_input_grad", "add_relu", "add_relu_grad"})
             names.push_back("cpu/" + isa + "/" + kernel);
 #if defined(FASTRES_CUDA)
     for (const std::string& kernel : fastres::cuda::kernel_names()) names.push_back("cuda/" + kernel);
@@ -40,13 +41,16 @@ std::vector<std::string> kernels() {
 PYBIND11_MODULE(_C, module) {
     module.doc() = "The compiled half of fastres. Importing it registers torch.ops.fastres.*.";
     module.def("build_info", &build_info,
-               "Versions of fastres, compiler, torch and CUDA that this library was built with; empty strings where "
+               "Versions of fastres, compiler, torch and CUDA that this library was built with; empty "
+               "strings where "
                "CUDA is absent.");
-    module.def("cpu_isa", [] { return std::string(fastres::cpu::kernels().isa); },
-               "The instruction set whose CPU kernels run: 'scalar', 'avx2' or 'avx512'.");
+    module.def(
+        "cpu_isa", [] { return std::string(fastres::cpu::kernels().isa); },
+        "The instruction set whose CPU kernels run: 'scalar', 'avx2' or 'avx512'.");
     module.def("cpu_isas", &fastres::cpu::available_isas,
                "The instruction sets that this library holds and this processor can run, slowest first.");
     module.def("select_cpu_isa", &fastres::cpu::select_isa, py::arg("isa"),
-               "Run the CPU kernels of another instruction set from now on. Raises ValueError if it cannot run here.");
+               "Run the CPU kernels of another instruction set from now on. Raises ValueError if it cannot "
+               "run here.");
     module.def("kernels", &kernels, "Names of all kernels that this build can run on this machine.");
 }

@@ -4,6 +4,8 @@
 
 #include <stdexcept>
 
+#include "cpu/huge_pages.h"
+
 namespace fastres::bindings {
 namespace {
 
@@ -11,27 +13,37 @@ using torch::headeronly::ScalarType;
 
 std::optional<Dtype> to_dtype(ScalarType type) {
     switch (type) {
-        case ScalarType::Float: return Dtype::f32;
-        case ScalarType::BFloat16: return Dtype::bf16;
-        case ScalarType::Half: return Dtype::f16;
-        case ScalarType::Double: return Dtype::f64;
-        default: return std::nullopt;
+        case ScalarType::Float:
+            return Dtype::f32;
+        case ScalarType::BFloat16:
+            return Dtype::bf16;
+        case ScalarType::Half:
+            return Dtype::f16;
+        case ScalarType::Double:
+            return Dtype::f64;
+        default:
+            return std::nullopt;
     }
 }
 
 ScalarType to_scalar_type(Dtype dtype) {
     switch (dtype) {
-        case Dtype::f32: return ScalarType::Float;
-        case Dtype::bf16: return ScalarType::BFloat16;
-        case Dtype::f16: return ScalarType::Half;
-        case Dtype::f64: return ScalarType::Double;
+        case Dtype::f32:
+            return ScalarType::Float;
+        case Dtype::bf16:
+            return ScalarType::BFloat16;
+        case Dtype::f16:
+            return ScalarType::Half;
+        case Dtype::f64:
+            return ScalarType::Double;
     }
     return ScalarType::Undefined;
 }
 
 Dtype dtype_of(const char* op, const char* argument, const Tensor& tensor) {
     if (const auto dtype = to_dtype(tensor.scalar_type())) return *dtype;
-    fail(op, std::string(argument) + " has an unsupported dtype; takes float32, bfloat16, float16 or float64");
+    fail(op,
+         std::string(argument) + " has an unsupported dtype; takes float32, bfloat16, float16 or float64");
 }
 
 std::string shape_text(const Tensor& tensor) {
@@ -40,7 +52,8 @@ std::string shape_text(const Tensor& tensor) {
     return "[" + text + "]";
 }
 
-// Whether memory is walked in the order of `dims` (outermost first) without gaps. Dimensions of size 1 have no say.
+// Whether memory is walked in the order of `dims` (outermost first) without gaps. Dimensions of size 1 have
+// no say.
 bool is_dense(const Tensor& tensor, const int64_t* dims, int64_t count) {
     int64_t expected = 1;
     for (int64_t i = count - 1; i >= 0; --i) {
@@ -74,6 +87,16 @@ Tensor empty(const Tensor& input, int64_t elements, ScalarType type) {
     return torch::stable::empty({size, 1}, type, std::nullopt, input.device());
 }
 
+void check_channels(const char* op, const char* argument, const Tensor& tensor, const Tensor& input) {
+    const int64_t channels = input.size(1);
+    if (tensor.dim() != 1 || tensor.size(0) != channels)
+        fail(op, std::string(argument) + " has shape " + shape_text(tensor) + ", expected [" +
+                     std::to_string(channels) + "] (one value a channel)");
+    if (!same_device(tensor, input)) fail(op, std::string(argument) + " is not on the device of input");
+    if (channels > 1 && tensor.stride(0) != 1)
+        fail(op, std::string(argument) + " is strided; expected dense memory");
+}
+
 }  // namespace
 
 void fail(const char* op, const std::string& message) {
@@ -83,8 +106,10 @@ void fail(const char* op, const std::string& message) {
 Activation activation(const char* op, const char* argument, const Tensor& tensor) {
     const int64_t dims = tensor.dim();
     if (dims < 2 || dims > kMaxDims)
-        fail(op, std::string(argument) + " has shape " + shape_text(tensor) + ", expected 2 to 5 dimensions");
-    if (tensor.numel() == 0) fail(op, std::string(argument) + " has shape " + shape_text(tensor) + ", which is empty");
+        fail(op,
+             std::string(argument) + " has shape " + shape_text(tensor) + ", expected 2 to 5 dimensions");
+    if (tensor.numel() == 0)
+        fail(op, std::string(argument) + " has shape " + shape_text(tensor) + ", which is empty");
     Activation shape{};
     shape.batch = tensor.size(0);
     shape.channels = tensor.size(1);
@@ -101,8 +126,8 @@ void check_like_input(const char* op, const char* argument, const Tensor& tensor
     bool same_shape = tensor.dim() == input.dim();
     for (int64_t i = 0; same_shape && i < input.dim(); ++i) same_shape = tensor.size(i) == input.size(i);
     if (!same_shape)
-        fail(op, std::string(argument) + " has shape " + shape_text(tensor) + ", expected " + shape_text(input) +
-                     " (the shape of input)");
+        fail(op, std::string(argument) + " has shape " + shape_text(tensor) + ", expected " +
+                     shape_text(input) + " (the shape of input)");
     if (tensor.scalar_type() != input.scalar_type())
         fail(op, std::string(argument) + " differs from input in dtype");
     for (int64_t i = 0; i < input.dim(); ++i)
@@ -113,12 +138,7 @@ void check_like_input(const char* op, const char* argument, const Tensor& tensor
 ChannelVector channel_vector(const char* op, const char* argument, const OptionalTensor& tensor,
                              const Tensor& input) {
     if (!tensor) return {};
-    const int64_t channels = input.size(1);
-    if (tensor->dim() != 1 || tensor->size(0) != channels)
-        fail(op, std::string(argument) + " has shape " + shape_text(*tensor) + ", expected [" +
-                     std::to_string(channels) + "] (one value a channel)");
-    if (!same_device(*tensor, input)) fail(op, std::string(argument) + " is not on the device of input");
-    if (channels > 1 && tensor->stride(0) != 1) fail(op, std::string(argument) + " is strided; expected dense memory");
+    check_channels(op, argument, *tensor, input);
     const Dtype dtype = dtype_of(op, argument, *tensor);
     const Dtype input_dtype = dtype_of(op, "input", input);
     if (dtype != input_dtype && dtype != accumulation_dtype(input_dtype))
@@ -127,13 +147,30 @@ ChannelVector channel_vector(const char* op, const char* argument, const Optiona
     return {tensor->data_ptr(), dtype};
 }
 
-Tensor empty_channels(const Tensor& input, int64_t channels) {
-    const auto dtype = to_dtype(input.scalar_type());
-    return empty(input, channels, to_scalar_type(accumulation_dtype(*dtype)));
+void check_statistics(const char* op, const char* argument, const Tensor& tensor, const Tensor& input,
+                      Dtype dtype) {
+    check_channels(op, argument, tensor, input);
+    const Dtype actual = dtype_of(op, argument, tensor);
+    if (actual != dtype)
+        fail(op, std::string(argument) + " is " + name(actual) + ", expected " + name(dtype));
 }
 
-Tensor empty_bytes(const Tensor& input, int64_t bytes) { return empty(input, bytes, ScalarType::Byte); }
+Tensor output_like(const Tensor& input) {
+    Tensor output = torch::stable::empty_like(input);
+    if (output.is_cpu()) cpu::advise_huge_pages(output.data_ptr(), output.numel() * output.element_size());
+    return output;
+}
 
-Tensor nothing(const Tensor& input) { return empty(input, 0, input.scalar_type()); }
+Tensor empty_channels(const Tensor& input, Dtype dtype) {
+    return empty(input, input.size(1), to_scalar_type(dtype));
+}
+
+Tensor empty_bytes(const Tensor& input, int64_t bytes) {
+    return empty(input, bytes, ScalarType::Byte);
+}
+
+Tensor nothing(const Tensor& input) {
+    return empty(input, 0, input.scalar_type());
+}
 
 }  // namespace fastres::bindings

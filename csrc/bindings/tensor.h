@@ -22,13 +22,21 @@ Activation activation(const char* op, const char* argument, const Tensor& tensor
 // Checks that `tensor` has the shape, dtype, device and memory layout of `input`.
 void check_like_input(const char* op, const char* argument, const Tensor& tensor, const Tensor& input);
 
-// One value a channel, dense, on input's device; null where None. A low-precision vector may accompany only an
-// input of its own dtype, and float64 only float64, as in torch.nn.functional.batch_norm.
+// One value a channel, dense, on input's device; null where None. A low-precision vector may accompany only
+// an input of its own dtype, and float64 only float64, as in torch.nn.functional.batch_norm.
 ChannelVector channel_vector(const char* op, const char* argument, const OptionalTensor& tensor,
                              const Tensor& input);
 
-// Uninitialised one-dimensional tensors on input's device: accumulators, a workspace, a stand-in for "none".
-Tensor empty_channels(const Tensor& input, int64_t channels);
+// Checks that `tensor` holds one value of `dtype` a channel, dense, on input's device.
+void check_statistics(const char* op, const char* argument, const Tensor& tensor, const Tensor& input,
+                      Dtype dtype);
+
+// An uninitialised tensor for results of input's size.
+Tensor output_like(const Tensor& input);
+
+// Uninitialised one-dimensional tensors on input's device: accumulators, a workspace, a stand-in for
+// "none".
+Tensor empty_channels(const Tensor& input, Dtype dtype);
 Tensor empty_bytes(const Tensor& input, int64_t bytes);
 Tensor nothing(const Tensor& input);
 

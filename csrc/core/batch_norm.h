@@ -35,8 +35,8 @@ struct BnForward {
     void* output;
     ChannelVector weight, bias;                  // null: 1 and 0
     ChannelVector running_mean, running_var;     // read in evaluation, updated in training, null: neither
-    void* save_mean;                             // [channels], accumulation dtype
-    void* save_rstd;                             // [channels], accumulation dtype
+    void* save_mean;                             // [channels], double on the CPU, float on CUDA
+    void* save_rstd;                             // [channels], the same
     bool training;                               // statistics of the batch, else the running ones
     bool relu;
     double momentum, eps;

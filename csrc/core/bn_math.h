@@ -36,6 +36,8 @@ FASTRES_INLINE Moments<Real> merge(Moments<Real> a, Moments<Real> b) {
     const Real count = a.count + b.count;
     const Real delta = b.mean - a.mean;
     const Real share = b.count / count;
+    // An infinite mean stays infinite (and its m2 is NaN), as in a plain sum.
+    if (delta - delta != 0) return {count, a.mean + b.mean, a.m2 + b.m2};
     return {count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share};
 }
 

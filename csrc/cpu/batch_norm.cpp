@@ -71,10 +71,18 @@ void visit_planes(const Activation& shape, int64_t channel, const Visit& visit) 
         visit(Piece{(n * shape.channels + channel) * shape.pixels, shape.pixels, 1, channel});
 }
 
-// mean, scale and shift of the forward map, one entry a channel.
+// The forward map z = (y - mean) * scale + shift, one entry a channel, each rounded once from double. What the mean
+// loses there is given back through the shift.
 template <class Real>
 struct ForwardCoefficients {
     explicit ForwardCoefficients(int64_t channels) : mean(channels), scale(channels), shift(channels) {}
+
+    void set(int64_t c, double exact_mean, double rstd, double weight, double bias) {
+        mean[c] = static_cast<Real>(exact_mean);
+        scale[c] = static_cast<Real>(weight * rstd);
+        shift[c] = static_cast<Real>(bias - (exact_mean - mean[c]) * scale[c]);
+    }
+
     std::vector<Real> mean, scale, shift;
 };
 
@@ -165,11 +173,9 @@ class Forward {
 
     void take(int64_t c, double mean, double variance) {
         const double rstd = bn_math::reciprocal_std(variance, args_.eps);
-        static_cast<Real*>(args_.save_mean)[c] = static_cast<Real>(mean);
-        static_cast<Real*>(args_.save_rstd)[c] = static_cast<Real>(rstd);
-        coefficients_.mean[c] = static_cast<Real>(mean);
-        coefficients_.scale[c] = static_cast<Real>(read(args_.weight, c, 1) * static_cast<Real>(rstd));
-        coefficients_.shift[c] = static_cast<Real>(read(args_.bias, c, 0));
+        static_cast<double*>(args_.save_mean)[c] = mean;
+        static_cast<double*>(args_.save_rstd)[c] = rstd;
+        coefficients_.set(c, mean, rstd, read(args_.weight, c, 1), read(args_.bias, c, 0));
     }
 
     const BnForward& args_;
@@ -185,16 +191,14 @@ class Backward {
         : args_(args),
           shape_(args.shape),
           pool_(pool),
+          mean_(static_cast<const double*>(args.save_mean)),
+          rstd_(static_cast<const double*>(args.save_rstd)),
           mask_(!args.relu ? Mask::none : args.output ? Mask::from_output : Mask::recomputed),
           forward_(args.shape.channels),
           mean_grad_(args.shape.channels),
           slope_(args.shape.channels) {
-        for (int64_t c = 0; c < shape_.channels; ++c) {
-            forward_.mean[c] = static_cast<const Real*>(args_.save_mean)[c];
-            forward_.scale[c] =
-                static_cast<Real>(read(args_.weight, c, 1) * static_cast<const Real*>(args_.save_rstd)[c]);
-            forward_.shift[c] = static_cast<Real>(read(args_.bias, c, 0));
-        }
+        for (int64_t c = 0; c < shape_.channels; ++c)
+            forward_.set(c, mean_[c], rstd_[c], read(args_.weight, c, 1), read(args_.bias, c, 0));
     }
 
     void run() {
@@ -269,10 +273,12 @@ class Backward {
     }
 
     void take_sums(int64_t c, double sum_grad, double dot) {
-        const auto k = bn_math::backward_coefficients<double>(
-            read(args_.weight, c, 1), static_cast<const Real*>(args_.save_rstd)[c], sum_grad, dot,
-            static_cast<double>(shape_.rows()), args_.training);
-        mean_grad_[c] = static_cast<Real>(k.mean_grad);
+        // The loops take deviations from the rounded mean.
+        const double rounding = mean_[c] - forward_.mean[c];
+        const auto k = bn_math::backward_coefficients<double>(read(args_.weight, c, 1), rstd_[c], sum_grad,
+                                                              dot - rounding * sum_grad,
+                                                              static_cast<double>(shape_.rows()), args_.training);
+        mean_grad_[c] = static_cast<Real>(k.mean_grad - rounding * k.slope);
         slope_[c] = static_cast<Real>(k.slope);
         static_cast<Real*>(args_.grad_weight)[c] = static_cast<Real>(k.dgamma);
         static_cast<Real*>(args_.grad_bias)[c] = static_cast<Real>(k.dbeta);
@@ -281,6 +287,8 @@ class Backward {
     const BnBackward& args_;
     const Activation& shape_;
     const ThreadPool& pool_;
+    const double* mean_;
+    const double* rstd_;
     const Mask mask_;
     ForwardCoefficients<Real> forward_;
     std::vector<Real> mean_grad_, slope_;

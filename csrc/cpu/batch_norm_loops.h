@@ -17,8 +17,8 @@ inline constexpr int kApplyUnroll = 4;
 // A piece's sums live on the stack, for so many channels at once; more channels are handled in blocks. 256
 // channels keep the sums in the L1 cache and every row's share of a block at 512 bytes or more.
 inline constexpr int64_t kChannelBlock = 256;
-// Moments are taken about the mean so far, which is renewed each so many values a channel, so that neither an
-// outlier at the start nor a mean far from zero costs digits.
+// Moments are taken about the mean so far, which is renewed each so many values a channel; the first so many are
+// summed twice, first to find their mean. So neither an outlier at the start nor a mean far from zero costs digits.
 inline constexpr int64_t kMomentsWindow = 128;
 
 template <class Lane, int n>
@@ -30,16 +30,35 @@ FASTRES_ALWAYS Lane tree_sum(Lane (&values)[n]) {
     return values[0];
 }
 
+template <class Wide>
+FASTRES_ALWAYS void add_to_wide(double* sums, Wide value) {
+    Wide total;
+    memcpy(&total, sums, sizeof total);
+    total += value;
+    memcpy(sums, &total, sizeof total);
+}
+
 template <class Lane>
 FASTRES_ALWAYS void add_to(double* sums, Lane value) {
     if constexpr (sizeof(Lane) <= sizeof(double)) {
         *sums += value;
     } else {
-        auto wide = widen(value);
-        decltype(wide) total;
-        memcpy(&total, sums, sizeof total);
-        total += wide;
-        memcpy(sums, &total, sizeof total);
+        add_to_wide(sums, widen(value));
+    }
+}
+
+// Adds sum(a * b): what is left over of a tree, where rounding errors have no others to average with, in double.
+template <class Lane, int n>
+FASTRES_ALWAYS void add_products_to(double* sums, const Lane (&a)[n], const Lane (&b)[n]) {
+    if constexpr (n > 1) {
+        Lane products[n];
+#pragma GCC unroll 8
+        for (int i = 0; i < n; ++i) products[i] = a[i] * b[i];
+        add_to(sums, tree_sum(products));
+    } else if constexpr (sizeof(Lane) <= sizeof(double)) {
+        *sums += static_cast<double>(a[0]) * static_cast<double>(b[0]);
+    } else {
+        add_to_wide(sums, widen(a[0]) * widen(b[0]));
     }
 }
 
@@ -69,15 +88,21 @@ FASTRES_ALWAYS void shifted_sums(const T* input, int64_t rows, int64_t row_strid
             using S = decltype(step);
             using Lane = typename S::Lane;
             const Lane center = Order::template coefficient<Lane>(shift, c);
-            Lane deviation[S::unroll], square[S::unroll];
+            Lane deviation[S::unroll];
 #pragma GCC unroll 8
             for (int i = 0; i < S::unroll; ++i) {
+                __builtin_prefetch(input + offset + (i + S::unroll) * stride);
                 deviation[i] = load_as<Lane>(input + offset + i * stride) - center;
-                square[i] = deviation[i] * deviation[i];
             }
+            add_products_to(sum_of_squares + c, deviation, deviation);
             add_to(sum + c, tree_sum(deviation));
-            add_to(sum_of_squares + c, tree_sum(square));
         });
+}
+
+// Where moments are taken about. An infinity in the input must reach the mean as itself, so never about that.
+template <class Real>
+FASTRES_ALWAYS Real finite_or_zero(Real value) {
+    return value - value == 0 ? value : Real(0);
 }
 
 template <class T>
@@ -92,11 +117,19 @@ void moments_rows(const MomentsPiece& piece) {
         for (int64_t row = 0; row < piece.rows; row += kMomentsWindow) {
             const int64_t rows = piece.rows - row < kMomentsWindow ? piece.rows - row : kMomentsWindow;
             const T* window = input + row * piece.channels;
-            for (int64_t c = 0; c < channels; ++c) {
-                shift[c] = moments[c].count == 0 ? to_real(window[c]) : static_cast<Real>(moments[c].mean);
-                sum[c] = sum_of_squares[c] = 0;
+            const auto sums_about = [&](const auto& center) {
+                for (int64_t c = 0; c < channels; ++c) {
+                    shift[c] = finite_or_zero(center(c));
+                    sum[c] = sum_of_squares[c] = 0;
+                }
+                shifted_sums<T, Rows>(window, rows, piece.channels, channels, shift, sum, sum_of_squares);
+            };
+            if (moments[0].count == 0) {
+                sums_about([&](int64_t c) { return to_real(window[c]); });
+                sums_about([&](int64_t c) { return static_cast<Real>(shift[c] + sum[c] / rows); });
+            } else {
+                sums_about([&](int64_t c) { return static_cast<Real>(moments[c].mean); });
             }
-            shifted_sums<T, Rows>(window, rows, piece.channels, channels, shift, sum, sum_of_squares);
             for (int64_t c = 0; c < channels; ++c)
                 moments[c] = bn_math::merge(
                     moments[c], bn_math::from_shifted_sums<double>(static_cast<double>(rows), shift[c], sum[c],
@@ -112,9 +145,19 @@ void moments_plane(const MomentsPiece& piece) {
     for (int64_t first = 0; first < piece.rows; first += window_pixels) {
         const int64_t pixels = piece.rows - first < window_pixels ? piece.rows - first : window_pixels;
         const T* window = static_cast<const T*>(piece.input) + first;
-        const Real shift = piece.moments->count == 0 ? to_real(*window) : static_cast<Real>(piece.moments->mean);
-        alignas(64) double sum[kLanes<Real>] = {}, sum_of_squares[kLanes<Real>] = {};
-        shifted_sums<T, Plane>(window, pixels, 0, 1, &shift, sum, sum_of_squares);
+        Real shift;
+        alignas(64) double sum[kLanes<Real>], sum_of_squares[kLanes<Real>];
+        const auto sums_about = [&](Real center) {
+            shift = finite_or_zero(center);
+            for (int i = 0; i < kLanes<Real>; ++i) sum[i] = sum_of_squares[i] = 0;
+            shifted_sums<T, Plane>(window, pixels, 0, 1, &shift, sum, sum_of_squares);
+        };
+        if (piece.moments->count == 0) {
+            sums_about(to_real(*window));
+            sums_about(static_cast<Real>(shift + lane_sum<Real>(sum) / pixels));
+        } else {
+            sums_about(static_cast<Real>(piece.moments->mean));
+        }
         *piece.moments = bn_math::merge(
             *piece.moments,
             bn_math::from_shifted_sums<double>(static_cast<double>(pixels), shift, lane_sum<Real>(sum),
@@ -145,6 +188,8 @@ FASTRES_ALWAYS void apply_loop(const ApplyPiece& piece) {
 #pragma GCC unroll 4
             for (int i = 0; i < S::unroll; ++i) {
                 const int64_t at = offset + i * stride;
+                __builtin_prefetch(input + at + 2 * S::unroll * stride);
+                if constexpr (residual) __builtin_prefetch(addend + at + 2 * S::unroll * stride);
                 Lane z = (load_as<Lane>(input + at) - center) * gain + bias;
                 if constexpr (residual) z += load_as<Lane>(addend + at);
                 if constexpr (relu) z = z < Lane{} ? Lane{} : z;
@@ -187,10 +232,12 @@ FASTRES_ALWAYS void reduce_sums(const ReducePiece& piece, double* sum_grad, doub
             const Lane center = Order::template coefficient<Lane>(mean, c);
             const Lane gain = Order::template coefficient<Lane>(scale, c);
             const Lane bias = Order::template coefficient<Lane>(shift, c);
-            Lane sums[S::unroll], products[S::unroll];
+            Lane gradients[S::unroll], deviations[S::unroll];
 #pragma GCC unroll 8
             for (int i = 0; i < S::unroll; ++i) {
                 const int64_t at = offset + i * stride;
+                __builtin_prefetch(input + at + S::unroll * stride);
+                __builtin_prefetch(grad + at + S::unroll * stride);
                 const Lane deviation = load_as<Lane>(input + at) - center;
                 Lane g = load_as<Lane>(grad + at);
                 if constexpr (mask == Mask::from_output)
@@ -199,11 +246,11 @@ FASTRES_ALWAYS void reduce_sums(const ReducePiece& piece, double* sum_grad, doub
                     g = zero_where_not_above(deviation * gain + bias, threshold, g);
                 if constexpr (store_masked) store_as<false>(masked_grad + at, g);
                 if constexpr (store_grad_input) store_as<false>(grad_input + at, g * gain);
-                sums[i] = g;
-                products[i] = g * deviation;
+                gradients[i] = g;
+                deviations[i] = deviation;
             }
-            add_to(sum_grad + c, tree_sum(sums));
-            add_to(dot + c, tree_sum(products));
+            add_products_to(dot + c, gradients, deviations);
+            add_to(sum_grad + c, tree_sum(gradients));
         });
 }
 
@@ -264,6 +311,8 @@ FASTRES_ALWAYS void input_grad_loop(const InputGradPiece& piece) {
 #pragma GCC unroll 4
             for (int i = 0; i < S::unroll; ++i) {
                 const int64_t at = offset + i * stride;
+                __builtin_prefetch(input + at + S::unroll * stride);
+                __builtin_prefetch(grad + at + S::unroll * stride);
                 const Lane deviation = load_as<Lane>(input + at) - center;
                 Lane g = load_as<Lane>(grad + at);
                 if constexpr (recompute_mask) g = zero_where_not_above(deviation * gain + bias, threshold, g);

@@ -1,0 +1,47 @@
+# `make train` and `make test` do all of their own set-up: they need python3 (3.10 or newer) and a C++ compiler.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: test train lint build cuda bench clean
+
+train: $(VENV)/.train
+	$(BIN)/fastres train $(ARGS)
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+build: $(VENV)/.train
+
+# Compiles the CUDA kernels, also where no GPU is; fails where nvcc is missing.
+cuda: $(VENV)/.tools
+	FASTRES_CUDA=on $(BIN)/pip install --no-build-isolation -e .
+
+bench: $(VENV)/.test
+	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/latest.json $(ARGS)
+
+$(VENV)/.tools:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)" "setuptools>=77" "pybind11>=2.13" ninja "cmake>=3.25" numpy
+	touch $@
+
+$(VENV)/.train: $(VENV)/.tools $(SOURCES)
+	$(BIN)/pip install --no-build-isolation -e .
+	touch $@
+
+# torchvision and timm are clients of the tests; their own choice of torch is not wanted.
+$(VENV)/.test: $(VENV)/.train
+	$(BIN)/pip install --quiet pytest pytest-benchmark ruff clang-format transformers pyyaml huggingface_hub safetensors
+	$(BIN)/pip install --quiet --no-deps torchvision timm
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist fastres/_C*.so

@@ -1,0 +1,207 @@
+"""The kernel ops `torch.ops.fastres.bn_act_*` and `add_relu_*`: their fake kernels and their derivatives.
+
+The kernels themselves are compiled (csrc/bindings). They are strict about what they take; fastres.ops
+decides which cases go to them.
+"""
+
+import torch
+from torch import Tensor
+
+from fastres import _C, composed  # _C registers the ops
+
+CUDA = bool(_C.build_info()["cuda"])
+library = torch.library.Library("fastres", "FRAGMENT")
+_kernels = torch.ops.fastres
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of statistics and per-channel gradients for activations of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    if tensor.dim() == 4:
+        return tensor.is_contiguous(memory_format=torch.channels_last)
+    return tensor.dim() == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def same_layout(tensor: Tensor, input: Tensor) -> bool:
+    return (tensor.is_contiguous() and input.is_contiguous()) or (
+        is_channels_last(tensor) and is_channels_last(input)
+    )
+
+
+@torch.library.register_fake("fastres::bn_act_forward")
+def _(input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu):
+    dtype = torch.float64 if input.device.type == "cpu" else torch.float32
+    mean = input.new_empty(input.size(1), dtype=dtype)
+    return torch.empty_like(input), mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake("fastres::bn_act_backward")
+def _(grad, input, output, weight, bias, save_mean, save_rstd, training, relu):
+    grad_residual = input.new_empty(0) if output is None else torch.empty_like(input)
+    grad_weight = input.new_empty(input.size(1), dtype=accumulation_dtype(input.dtype))
+    return torch.empty_like(input), grad_residual, grad_weight, torch.empty_like(grad_weight)
+
+
+@torch.library.register_fake("fastres::add_relu_forward")
+def _(input, other):
+    return torch.empty_like(input)
+
+
+@torch.library.register_fake("fastres::add_relu_backward")
+def _(grad, output):
+    return torch.empty_like(output)
+
+
+def _in_layout_of(grad: Tensor, input: Tensor) -> Tensor:
+    """`grad` in the dtype and memory layout of `input`, which is how the kernels take it."""
+    if grad.dtype == input.dtype and same_layout(grad, input):
+        return grad
+    return torch.empty_like(input).copy_(grad)
+
+
+class _BnAct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, keyset, input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
+    ):
+        with torch._C._AutoDispatchBelowAutograd():
+            output, mean, rstd = _kernels.bn_act_forward.default.redispatch(
+                keyset & torch._C._after_autograd_keyset,
+                input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu,
+            )  # fmt: skip
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(mean, rstd)
+        # With a residual the mask cannot be recomputed from input. The output has it, and the next layer
+        # keeps that anyway.
+        needs_output = relu and residual is not None
+        ctx.save_for_backward(input, output if needs_output else None, weight, bias, mean, rstd)
+        ctx.training, ctx.relu, ctx.has_residual = training, relu, residual is not None
+        return output, mean, rstd
+
+    @staticmethod
+    def backward(ctx, grad, _mean, _rstd):
+        if grad is None:
+            return (None,) * 11
+        input, output, weight, bias, mean, rstd = ctx.saved_tensors
+        grad = _in_layout_of(grad, input)
+        grad_input, grad_residual, grad_weight, grad_bias = _kernels.bn_act_backward(
+            grad, input, output, weight, bias, mean, rstd, ctx.training, ctx.relu
+        )
+        needs = ctx.needs_input_grad
+        if ctx.has_residual and output is None:
+            grad_residual = grad
+        return (
+            None,
+            grad_input if needs[1] else None,
+            grad_residual if needs[2] else None,
+            None,
+            None,
+            grad_weight.to(weight.dtype) if needs[5] else None,
+            grad_bias.to(bias.dtype) if needs[6] else None,
+            *(None,) * 4,
+        )
+
+
+def _bn_act_autograd(
+    keyset, input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
+):
+    if training:
+        # What autograd checks when a saved tensor was changed in place afterwards.
+        torch.autograd.graph.increment_version([t for t in (running_mean, running_var) if t is not None])
+    tensors = (input, residual, weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _BnAct.apply(
+            keyset, input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
+        )
+    with torch._C._AutoDispatchBelowAutograd():
+        return _kernels.bn_act_forward.default.redispatch(
+            keyset & torch._C._after_autograd_keyset,
+            input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu,
+        )  # fmt: skip
+
+
+# By hand and not by torch.library.register_autograd, which refuses ops that update an argument in place.
+library.impl("bn_act_forward", _bn_act_autograd, "Autograd", with_keyset=True)
+
+
+def _bn_act_backward_setup(ctx, inputs, output):
+    grad, input, forward_output, weight, bias, _mean, _rstd, ctx.training, ctx.relu = inputs
+    ctx.save_for_backward(grad, input, forward_output, weight, bias, _mean, _rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _bn_act_backward_backward(ctx, *grads):
+    """Double backward: differentiates the backward formula, written in differentiable PyTorch."""
+    if all(g is None for g in grads):
+        return (None,) * 9
+    grad, input, output, weight, bias, mean, rstd = ctx.saved_tensors
+    with torch.enable_grad():
+        # Aliases, so that only the formula is differentiated and not what its arguments were made of.
+        alias = {
+            name: t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            for name, t in (("grad", grad), ("input", input), ("weight", weight))
+            if t is not None
+        }
+        results = composed.bn_act_backward(
+            alias["grad"],
+            alias["input"],
+            output,
+            alias.get("weight"),
+            bias,
+            mean,
+            rstd,
+            ctx.training,
+            ctx.relu,
+        )
+        pairs = [
+            (r, g.to(r.dtype))
+            for r, g in zip(results, grads, strict=True)
+            if r is not None and g is not None
+        ]
+        wanted = torch.autograd.grad(
+            [r for r, _ in pairs],
+            list(alias.values()),
+            [g for _, g in pairs],
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+        )
+    by_name = dict(zip(alias, wanted, strict=True))
+    return by_name["grad"], by_name["input"], None, by_name.get("weight"), *(None,) * 5
+
+
+torch.library.register_autograd(
+    "fastres::bn_act_backward", _bn_act_backward_backward, setup_context=_bn_act_backward_setup
+)
+
+
+def _add_relu_setup(ctx, inputs, output):
+    ctx.save_for_backward(output)
+
+
+def _add_relu_gradient(ctx, grad):
+    (output,) = ctx.saved_tensors
+    grad_sum = _kernels.add_relu_backward(_in_layout_of(grad, output), output)
+    return grad_sum, grad_sum
+
+
+torch.library.register_autograd(
+    "fastres::add_relu_forward", _add_relu_gradient, setup_context=_add_relu_setup
+)
+
+
+def _add_relu_backward_setup(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1])
+
+
+def _add_relu_double_gradient(ctx, grad):
+    # The mask is a constant: the derivative of a masked product is the same mask again.
+    (output,) = ctx.saved_tensors
+    return _kernels.add_relu_backward(_in_layout_of(grad, output), output), None
+
+
+torch.library.register_autograd(
+    "fastres::add_relu_backward", _add_relu_double_gradient, setup_context=_add_relu_backward_setup
+)
