@@ -1,0 +1,65 @@
+// The emulator's C interface: csrc/cuda's entry points with host pointers. Each returns null, or what went
+// wrong, valid until the next call.
+#include <cstring>
+#include <exception>
+#include <string>
+
+#include "cuda/add_relu.h"
+#include "cuda/batch_norm.h"
+#include "cuda/kernel_list.h"
+#include "cuda_runtime.h"
+
+namespace {
+
+std::string message;
+
+template <class Body>
+const char* guarded(const Body& body) {
+    try {
+        body();
+        return nullptr;
+    } catch (const std::exception& error) {
+        message = error.what();
+        return message.c_str();
+    }
+}
+
+}  // namespace
+
+namespace fastres::emu {
+
+cudaError_t launch(const dim3& blocks, const dim3& threads, const std::function<void()>& body) {
+    const char* error = guarded([&] { run_grid(blocks.x, threads.x, body); });
+    return error ? cudaErrorLaunchFailure : cudaSuccess;
+}
+
+}  // namespace fastres::emu
+
+const char* cudaGetErrorString(cudaError_t status) {
+    static std::string text;
+    text = status == cudaSuccess ? "no error" : message;
+    return text.c_str();
+}
+
+extern "C" {
+
+int64_t fastres_emu_batch_norm_workspace_bytes(const fastres::Activation* shape) {
+    return fastres::cuda::batch_norm_workspace_bytes(*shape);
+}
+const char* fastres_emu_batch_norm(const fastres::BnForward* args, void* workspace) {
+    return guarded([&] { fastres::cuda::batch_norm(*args, workspace, nullptr); });
+}
+const char* fastres_emu_batch_norm_backward(const fastres::BnBackward* args, void* workspace) {
+    return guarded([&] { fastres::cuda::batch_norm_backward(*args, workspace, nullptr); });
+}
+const char* fastres_emu_add_relu(const fastres::AddRelu* args) {
+    return guarded([&] { fastres::cuda::add_relu(*args, nullptr); });
+}
+const char* fastres_emu_add_relu_backward(const fastres::AddReluBackward* args) {
+    return guarded([&] { fastres::cuda::add_relu_backward(*args, nullptr); });
+}
+void fastres_emu_set_schedule(int descending) {
+    fastres::emu::set_schedule(descending != 0);
+}
+
+}  // extern "C"

@@ -1,0 +1,112 @@
+// What csrc/cuda uses of CUDA's runtime and of its builtins, with a meaning on the host. Found in place of
+// CUDA's own header by the emulator's build, so that the very sources of the kernels are compiled and run
+// without a GPU.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "emu/block.h"
+
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+// One block runs at a time, so its shared memory can be the function's.
+#define __shared__ static
+
+using fastres::emu::blockDim;
+using fastres::emu::blockIdx;
+using fastres::emu::gridDim;
+using fastres::emu::threadIdx;
+
+// ---------------------------------------------------------------------------------------------------------
+// device
+
+// A load of a vector is the making of one of these from memory, a store is an assignment: the address is
+// checked as the hardware would. Nothing here promises the alignment, or the compiler would take it for
+// granted.
+struct uint4 {
+    unsigned x, y, z, w;
+
+    uint4() = default;
+    uint4(const uint4& from) {
+        fastres::emu::check_alignment(&from, 16);
+        std::memcpy(static_cast<void*>(this), &from.x, 16);
+    }
+    uint4& operator=(const uint4& from) {
+        fastres::emu::check_alignment(this, 16);
+        std::memcpy(static_cast<void*>(this), &from.x, 16);
+        return *this;
+    }
+};
+
+inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    fastres::emu::sync_threads(file, line);
+}
+inline void __syncwarp(unsigned = 0xffffffffu, const char* file = __builtin_FILE(),
+                       int line = __builtin_LINE()) {
+    fastres::emu::sync_warp(file, line);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int distance, const char* file = __builtin_FILE(),
+                  int line = __builtin_LINE()) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    fastres::emu::exchange(&value, sizeof value, lane ^ distance, file, line);
+    return value;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// host: a small card, so that small tensors have more units than it holds blocks
+
+struct dim3 {
+    unsigned x, y, z;
+
+    dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+using cudaStream_t = struct CUstream_st*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
+enum cudaDeviceAttr { cudaDevAttrMaxThreadsPerMultiProcessor, cudaDevAttrMultiProcessorCount };
+
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    std::size_t dynamicSmemBytes = 0;
+    cudaStream_t stream = nullptr;
+};
+
+namespace fastres::emu {
+inline constexpr int kMultiprocessors = 2;
+inline constexpr int kBlocksPerMultiprocessor = 2;
+// Runs the grid; what went wrong is told by cudaGetErrorString.
+cudaError_t launch(const dim3& blocks, const dim3& threads, const std::function<void()>& body);
+}  // namespace fastres::emu
+
+const char* cudaGetErrorString(cudaError_t status);
+
+inline cudaError_t cudaGetLastError() {
+    return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+    *value = which == cudaDevAttrMultiProcessorCount ? fastres::emu::kMultiprocessors : 1024;
+    return cudaSuccess;
+}
+inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int,
+                                                                 std::size_t) {
+    *blocks = fastres::emu::kBlocksPerMultiprocessor;
+    return cudaSuccess;
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               const Arguments&... arguments) {
+    return fastres::emu::launch(config->gridDim, config->blockDim,
+                                [&] { kernel(Parameters(arguments)...); });
+}

@@ -1,0 +1,182 @@
+"""csrc/cuda's kernels on tensors in host memory, through csrc/emu; it is built on first use.
+
+Every output is poisoned with NaN before the call, and so is the workspace.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_double, c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+# The structs of csrc/core/batch_norm.h, field by field.
+class Activation(Structure):
+    _fields_ = [(n, c_int64) for n in ("batch", "channels", "pixels")] + [
+        ("channels_last", c_bool),
+        ("dtype", c_int),
+    ]
+
+
+class ChannelVector(Structure):
+    _fields_ = [("data", c_void_p), ("dtype", c_int)]
+
+
+class BnForward(Structure):
+    _fields_ = (
+        [("shape", Activation)]
+        + [(n, c_void_p) for n in ("input", "residual", "output")]
+        + [(n, ChannelVector) for n in ("weight", "bias", "running_mean", "running_var")]
+        + [(n, c_void_p) for n in ("save_mean", "save_rstd")]
+        + [("training", c_bool), ("relu", c_bool), ("momentum", c_double), ("eps", c_double)]
+    )
+
+
+class BnBackward(Structure):
+    _fields_ = (
+        [("shape", Activation)]
+        + [(n, c_void_p) for n in ("grad", "input", "output")]
+        + [(n, ChannelVector) for n in ("weight", "bias")]
+        + [
+            (n, c_void_p)
+            for n in ("save_mean", "save_rstd", "grad_input", "grad_residual", "grad_weight", "grad_bias")
+        ]
+        + [("training", c_bool), ("relu", c_bool)]
+    )
+
+
+class AddRelu(Structure):
+    _fields_ = [("numel", c_int64), ("dtype", c_int)] + [
+        (n, c_void_p) for n in ("input", "other", "output")
+    ]
+
+
+class AddReluBackward(Structure):
+    _fields_ = [("numel", c_int64), ("dtype", c_int)] + [
+        (n, c_void_p) for n in ("grad", "output", "grad_input")
+    ]
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """Build the emulator, or take the one that FASTRES_EMU_LIBRARY names."""
+    path = os.environ.get("FASTRES_EMU_LIBRARY")
+    if not path:
+        cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        build = ROOT / "build" / "emu"
+        for command in ([cmake, "-S", ROOT / "csrc" / "emu", "-B", build], [cmake, "--build", build, "-j"]):
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            if done.returncode:
+                raise RuntimeError(f"building the emulator failed:\n{done.stdout}")
+        path = build / "libfastres_emu.so"
+    lib = ctypes.CDLL(str(path))
+    lib.fastres_emu_batch_norm_workspace_bytes.restype = c_int64
+    lib.fastres_emu_batch_norm_workspace_bytes.argtypes = [POINTER(Activation)]
+    for name, args in {
+        "batch_norm": [POINTER(BnForward), c_void_p],
+        "batch_norm_backward": [POINTER(BnBackward), c_void_p],
+        "add_relu": [POINTER(AddRelu)],
+        "add_relu_backward": [POINTER(AddReluBackward)],
+    }.items():
+        function = getattr(lib, f"fastres_emu_{name}")
+        function.restype, function.argtypes = c_char_p, args
+    return lib
+
+
+def set_schedule(descending: bool) -> None:
+    """Choose the order in which the threads of a block run between barriers."""
+    library().fastres_emu_set_schedule(int(descending))
+
+
+def _call(name: str, *args) -> None:
+    error = getattr(library(), f"fastres_emu_{name}")(*args)
+    if error is not None:
+        raise RuntimeError(error.decode())
+
+
+def _poisoned_like(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of NaN with the strides, and the misalignment, of `tensor`."""
+    size, offset = tensor.numel(), tensor.storage_offset()
+    return torch.full((size + offset,), torch.nan, dtype=tensor.dtype).as_strided(
+        tensor.shape, tensor.stride(), offset
+    )
+
+
+def _workspace(shape: Activation) -> torch.Tensor:
+    size = library().fastres_emu_batch_norm_workspace_bytes(byref(shape))
+    return torch.full((size // 8 + 1,), torch.nan, dtype=torch.float64)
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _vector(tensor: torch.Tensor | None) -> ChannelVector:
+    return ChannelVector() if tensor is None else ChannelVector(tensor.data_ptr(), DTYPES[tensor.dtype])
+
+
+def _activation(input: torch.Tensor) -> Activation:
+    channels_last = not input.is_contiguous()
+    n, c = input.shape[:2]
+    return Activation(n, c, input[0, 0].numel() if n * c else 0, channels_last, DTYPES[input.dtype])
+
+
+def batch_norm(
+    input, weight, bias, running_mean, running_var, *, residual=None, relu, training, momentum=0.1, eps=1e-5
+):
+    """Return output, save_mean, save_rstd; update the running statistics in training."""
+    output = _poisoned_like(input)
+    mean, rstd = (torch.full((input.shape[1],), torch.nan) for _ in range(2))
+    shape = _activation(input)
+    workspace = _workspace(shape)
+    args = BnForward(
+        shape, _pointer(input), _pointer(residual), _pointer(output), _vector(weight), _vector(bias),
+        _vector(running_mean), _vector(running_var), _pointer(mean), _pointer(rstd), training, relu,
+        momentum, eps,
+    )  # fmt: skip
+    _call("batch_norm", byref(args), workspace.data_ptr())
+    return output, mean, rstd
+
+
+def batch_norm_backward(
+    grad, input, output, weight, bias, save_mean, save_rstd, *, grad_residual=False, relu, training
+):
+    """Return grad_input, grad_residual (or None), grad_weight, grad_bias."""
+    grad_input = _poisoned_like(input)
+    masked = _poisoned_like(input) if grad_residual else None
+    grad_weight, grad_bias = (torch.full((input.shape[1],), torch.nan) for _ in range(2))
+    shape = _activation(input)
+    workspace = _workspace(shape)
+    args = BnBackward(
+        shape, _pointer(grad), _pointer(input), _pointer(output), _vector(weight), _vector(bias),
+        _pointer(save_mean), _pointer(save_rstd), _pointer(grad_input), _pointer(masked),
+        _pointer(grad_weight), _pointer(grad_bias), training, relu,
+    )  # fmt: skip
+    _call("batch_norm_backward", byref(args), workspace.data_ptr())
+    return grad_input, masked, grad_weight, grad_bias
+
+
+def add_relu(input, other):
+    """Return relu(input + other)."""
+    output = _poisoned_like(input)
+    args = AddRelu(input.numel(), DTYPES[input.dtype], _pointer(input), _pointer(other), _pointer(output))
+    _call("add_relu", byref(args))
+    return output
+
+
+def add_relu_backward(grad, output):
+    """Return grad * [output > 0]."""
+    grad_input = _poisoned_like(grad)
+    args = AddReluBackward(
+        grad.numel(), DTYPES[grad.dtype], _pointer(grad), _pointer(output), _pointer(grad_input)
+    )
+    _call("add_relu_backward", byref(args))
+    return grad_input
