@@ -19,7 +19,7 @@ def _declare_torchvision_ops() -> None:
         return
     source = (Path(find_spec("torchvision").origin).parent / "_meta_registrations.py").read_text()
     library = torch.library.Library("torchvision", "DEF")
-    for name in sorted(set(re.findall(r'"([a-z_0-9]+)"', source))):
+    for name in sorted(set(re.findall(r'"(?:torchvision::)?([a-z_0-9]+)"', source))):
         library.define(f"{name}(Tensor input) -> Tensor")
     _declared.append(library)
 

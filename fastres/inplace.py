@@ -1,0 +1,68 @@
+"""Sums that a forward writes in place (`out += identity`), run at the sites.
+
+What is written to keeps its dtype: a bfloat16 `out` stays bfloat16 when a float32 `identity` is added to
+it, whereas `out + identity` is float32. Where both have one dtype, as they nearly always do, the two mean
+the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastres import sites
+
+__all__ = ["add_act", "bn_act", "conv_bn_act"]
+
+
+def conv_bn_act(
+    conv: nn.Module,
+    bn: nn.Module,
+    act: nn.Module | None,
+    input: Tensor,
+    residual: Tensor,
+    *,
+    relu: bool,
+    into_residual: bool,
+) -> Tensor:
+    """`sites.conv_bn_act` of a sum that is written into the batch norm's output, or `into_residual`."""
+    device = input.device.type
+    dtype = input.dtype
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    if residual.dtype is dtype:
+        return sites.conv_bn_act(conv, bn, act, input, residual, relu=relu)
+    return _sum(sites.conv_bn_act(conv, bn, None, input, relu=False), act, residual, relu, into_residual)
+
+
+def bn_act(
+    bn: nn.Module,
+    act: nn.Module | None,
+    input: Tensor,
+    residual: Tensor,
+    *,
+    relu: bool,
+    into_residual: bool,
+) -> Tensor:
+    """`sites.bn_act` of a sum that is written into the batch norm's output, or `into_residual`."""
+    if residual.dtype is input.dtype:
+        return sites.bn_act(bn, act, input, residual, relu=relu)
+    return _sum(sites.bn_act(bn, None, input, relu=False), act, residual, relu, into_residual)
+
+
+def add_act(act: nn.Module | None, input: Tensor, other: Tensor) -> Tensor:
+    """`sites.add_act` of a sum that is written into `input`."""
+    if input.dtype is other.dtype:
+        return sites.add_act(act, input, other)
+    return _sum(input, act, other, relu=True, into_residual=False)
+
+
+def _sum(
+    output: Tensor, act: nn.Module | None, residual: Tensor, relu: bool, into_residual: bool
+) -> Tensor:
+    output = residual.add_(output) if into_residual else output.add_(residual)
+    if act is not None:
+        return act(output)
+    return F.relu(output) if relu else output

@@ -1,0 +1,295 @@
+"""Finding conv -> batch norm -> (+ residual) -> ReLU in a traced forward, to run it as one call.
+
+A chain is taken only where nobody can tell the difference: every value inside it has one use; an in-place
+operation in it (`out += identity`, `relu_`) writes to memory that nothing else holds; and where other
+calls lie between its first and its last node, such as the shortcut's, they write to nothing that the part
+which moves past them reads.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from fastres import inplace, sites
+from fastres.aliasing import Memory, used_once
+from fastres.trace import Trace, check_class, trace, untouched
+from fastres.vet import Untraceable
+from fastres.watch import Guard, Reason, module_code, stock_class
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_NO_TENSOR = (
+    "size",
+    "stride",
+    "dim",
+    "ndimension",
+    "numel",
+    "nelement",
+    "item",
+    "tolist",
+    "element_size",
+    "type",
+)
+_RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
+
+
+@dataclass
+class Chain:
+    """Nodes that one call of `fastres.sites` replaces.
+
+    Attributes:
+        call: conv_bn_act, bn_act or add_act.
+        conv, bn, act: the nodes that call these modules. `act` may call a function.
+        add: the residual sum.
+        input: what goes into the first module (for add_act, the sum's first addend).
+        residual: what is added.
+        identities: calls of nn.Identity that are left out.
+        moved: whether other calls lie between its first and its last node.
+    """
+
+    call: Callable[..., torch.Tensor]
+    input: fx.Node
+    residual: fx.Node | None = None
+    conv: fx.Node | None = None
+    bn: fx.Node | None = None
+    add: fx.Node | None = None
+    act: fx.Node | None = None
+    identities: tuple[fx.Node, ...] = ()
+    moved: bool = False
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """In the order of the graph."""
+        return sorted(filter(None, (self.conv, self.bn, self.add, self.act, *self.identities)))
+
+
+def find_chains(traced: Trace) -> list[Chain]:
+    """The chains of a traced forward that may be fused, none overlapping another."""
+    memory = Memory(traced)
+    nodes = list(traced.graph.nodes)
+    # From the last to the first: of two batch norms that are added, the later one moves past fewer calls.
+    proposals = [
+        _around_batch_norm(traced, node) for node in reversed(nodes) if traced.calls(node, *BATCH_NORMS)
+    ]
+    proposals += [_around_sum(traced, node) for node in nodes if addends(node)]
+    taken: set[fx.Node] = set()
+    chains = []
+    for proposal in proposals:
+        for chain in proposal:
+            if taken.isdisjoint(chain.nodes) and _unobservable(traced, chain, memory):
+                taken.update(chain.nodes)
+                chains.append(chain)
+                break
+    return chains
+
+
+def is_relu(traced: Trace, node: fx.Node) -> bool:
+    """Whether the node is a ReLU of one value, as a module, a function or a method."""
+    if node.op == "call_module":
+        return traced.calls(node, nn.ReLU)
+    if node.op not in ("call_function", "call_method") or node.target not in _RELUS:
+        return False
+    others = (*node.args[1:], *(value for key, value in node.kwargs.items() if key != "input"))
+    return all(isinstance(value, bool) for value in others) and len(node.all_input_nodes) == 1
+
+
+def addends(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two tensors whose sum the node is, if it is one; in place, it is written to the first."""
+    if node.op not in ("call_function", "call_method") or node.target not in _ADDITIONS:
+        return None
+    values = (*node.args, *(node.kwargs[key] for key in ("input", "other") if key in node.kwargs))
+    options = {key: value for key, value in node.kwargs.items() if key not in ("input", "other")}
+    if options not in ({}, {"alpha": 1}) or len(values) != 2:
+        return None
+    return values if all(isinstance(value, fx.Node) and _is_tensor(value) for value in values) else None
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    """Whether the value is a tensor for certain, and not for example a size."""
+    if node.op == "call_function" and node.target.__module__ in ("builtins", "_operator"):
+        return node.target not in (getattr, operator.getitem) and any(map(_is_tensor, node.all_input_nodes))
+    return node.op != "call_method" or not node.target.startswith(_NO_TENSOR + ("is_", "get_"))
+
+
+def _use(traced: Trace, node: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
+    """The use of a value that is used once, and the calls of nn.Identity on the way to it."""
+    identities: list[fx.Node] = []
+    while used_once(node):
+        user = next(iter(node.users))
+        if not traced.calls(user, nn.Identity):
+            return user, identities
+        identities.append(user)
+        node = user
+    return None, identities
+
+
+def _around_batch_norm(traced: Trace, bn: fx.Node) -> Iterator[Chain]:
+    """What a batch norm might be fused with, the most first."""
+    conv = bn.args[0]
+    if not (traced.calls(conv, nn.Conv2d) and used_once(conv) and traced.calls(bn, nn.BatchNorm2d)):
+        conv = None
+    # Without its convolution where that is shared with another chain.
+    for first in (conv, bn) if conv else (bn,):
+        modules = {"conv": conv if first is conv else None, "bn": bn, "input": first.args[0]}
+        modules["call"] = sites.conv_bn_act if first is conv else sites.bn_act
+        user, identities = _use(traced, bn)
+        if user is not None and addends(user):
+            value = identities[-1] if identities else bn
+            (residual,) = (addend for addend in addends(user) if addend is not value)
+            modules_and_sum = modules | {"add": user, "residual": residual}
+            act, more = _use(traced, user)
+            if act is not None and is_relu(traced, act):
+                yield Chain(act=act, identities=(*identities, *more), **modules_and_sum)
+            if first is conv:
+                yield Chain(identities=tuple(identities), **modules_and_sum)
+        elif user is not None and is_relu(traced, user):
+            yield Chain(act=user, identities=tuple(identities), **modules)
+        if first is conv:
+            yield Chain(**modules)
+
+
+def _around_sum(traced: Trace, add: fx.Node) -> Iterator[Chain]:
+    act, identities = _use(traced, add)
+    if act is not None and is_relu(traced, act):
+        first, second = addends(add)
+        yield Chain(sites.add_act, first, second, add=add, act=act, identities=tuple(identities))
+
+
+def _unobservable(traced: Trace, chain: Chain, memory: Memory) -> bool:
+    """Whether one call at the end of the chain changes nothing but the time it takes. Sets `moved`."""
+    nodes = chain.nodes
+    if chain.add and any(t not in nodes and not memory.disposable(t) for t in memory.written(chain.add)):
+        return False  # such as `x += ...` on an argument: the caller would see it
+    between = [
+        node
+        for node in traced.graph.nodes
+        if nodes[0] < node < nodes[-1] and node not in nodes and node.op not in ("placeholder", "get_attr")
+    ]
+    chain.moved = bool(between)
+    for node in between:
+        if (
+            chain.bn and node.op == "call_module"
+        ):  # running statistics are updated in the order of the calls
+            bn = traced.callee(chain.bn)
+            if any(module is bn for module in traced.callee(node).modules()):
+                return False
+        for value in memory.written(node):
+            if memory.overlap(value, chain.input):
+                return False
+            if chain.residual and chain.add < node and memory.overlap(value, chain.residual):
+                return False
+    return True
+
+
+def containers_to_inline(traced: Trace) -> frozenset[nn.Module]:
+    """Children that end in the batch norm of a residual sum, for each sum that has none in this forward."""
+    found: list[nn.Module] = []
+    for add in traced.graph.nodes:
+        user = _use(traced, add)[0] if addends(add) else None
+        if user is None or not is_relu(traced, user):
+            continue
+        calls = sorted(
+            filter(None, (_call_behind(traced, addend) for addend in addends(add))), reverse=True
+        )
+        if not any(traced.calls(call, *BATCH_NORMS) for call in calls):
+            found += next(filter(None, (_path_to_batch_norm(traced, call) for call in calls)), [])
+    return frozenset(found)
+
+
+def _call_behind(traced: Trace, value: fx.Node) -> fx.Node | None:
+    """The call that made a value which is used once, looked up through nn.Identity."""
+    while used_once(value):
+        if not traced.calls(value, nn.Identity):
+            return value
+        value = value.args[0]
+    return None
+
+
+def _path_to_batch_norm(traced: Trace, call: fx.Node) -> list[nn.Module]:
+    """The called container and those in it around its last batch norm; nothing if it ends otherwise."""
+    container = traced.callee(call)
+    if container is None or len(call.args) != 1 or call.kwargs:
+        return []
+    try:
+        check_class(container)
+        inner = trace(container, training=traced.training)
+    except Untraceable:
+        return []
+    (result,) = next(node for node in inner.graph.nodes if node.op == "output").args
+    result = _call_behind(inner, result) if isinstance(result, fx.Node) else None
+    if result is None or not untouched(container, stock_class(container)):
+        return []
+    if inner.calls(result, *BATCH_NORMS):
+        return [container]
+    path = _path_to_batch_norm(inner, result)
+    return [container, *path] if path else []
+
+
+def rewrite(traced: Trace, chains: list[Chain], inlined: frozenset[nn.Module]) -> list[Guard]:
+    """Replace each chain of the graph by its call.
+
+    Returns:
+        The guards that the new graph needs besides those of the trace.
+    """
+    guards: dict[str, Guard] = {}
+    replaced: dict[fx.Node, fx.Node] = {}
+
+    def need_untouched(path: str) -> None:
+        cls = stock_class(traced.module.get_submodule(path))
+        name = "_class_" + path.replace(".", "_")
+        code = f"_untouched({module_code(path)}, {name})"
+
+        def why(module: nn.Module) -> Reason:
+            child = module.get_submodule(path)
+            replaced = stock_class(child) is not cls
+            return (
+                child,
+                f"{type(child).__name__} instead of {cls.__name__}" if replaced else "a hook is set",
+            )
+
+        guards.setdefault(code, Guard(code, why, (("_untouched", untouched), (name, cls))))
+
+    def need_fusible(paths: list[str]) -> None:
+        code = f"_why_not({', '.join(map(module_code, paths))}) is None"
+
+        def why(module: nn.Module) -> Reason:
+            return sites.why_not(*map(module.get_submodule, paths))
+
+        guards.setdefault(code, Guard(code, why, (("_why_not", sites.why_not),)))
+
+    for path, child in traced.module.named_modules():
+        if child in inlined:
+            need_untouched(path)
+    for chain in chains:
+        for node in chain.identities:
+            need_untouched(node.target)
+        if chain.moved and chain.bn:
+            # Hooks would fire in another order; a module of another kind might write to its input.
+            need_fusible([node.target for node in (chain.conv, chain.bn) if node])
+        _replace(traced.graph, chain, replaced)
+    return list(guards.values())
+
+
+def _replace(graph: fx.Graph, chain: Chain, replaced: dict[fx.Node, fx.Node]) -> None:
+    """Put a call in the place of the chain; `replaced` maps the last nodes of chains to their calls."""
+    *_, last = nodes = chain.nodes
+    with graph.inserting_before(last):
+        modules = [graph.create_node("get_attr", node.target) for node in (chain.conv, chain.bn) if node]
+        act = chain.act if chain.act and chain.act.op == "call_module" else None
+        act = act and graph.create_node("get_attr", act.target)
+        values = [replaced.get(value, value) for value in (chain.input, chain.residual)]
+        call, options = chain.call, {} if chain.call is sites.add_act else {"relu": chain.act is not None}
+        if chain.add and chain.add.target in (operator.iadd, "add_"):
+            call = getattr(inplace, call.__name__)
+            if chain.bn:
+                options["into_residual"] = addends(chain.add)[0] is chain.residual
+        replaced[last] = graph.call_function(call, (*modules, act, *values), options)
+    last.replace_all_uses_with(replaced[last])
+    for node in reversed(nodes):
+        graph.erase_node(node)

@@ -1,0 +1,273 @@
+"""Running torch.nn modules through the fused ops.
+
+A site is a place in a forward where convolution, batch norm, residual addition and ReLU follow each other. Whether it
+runs fused is decided at every call: a module that someone hooked, replaced or subclassed since the last call is
+called as it is, in the order in which stock PyTorch would have called it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
+
+from fastres import ops
+
+__all__ = ["Reason", "Record", "add_act", "bn_act", "conv_bn_act", "record", "why_not"]
+
+_CONV = (nn.Conv2d,)
+_BN_AFTER_CONV = (nn.BatchNorm2d,)
+_BN = (nn.BatchNorm2d, nn.BatchNorm1d, nn.BatchNorm3d)
+_ACT = (nn.ReLU,)
+_INPUT_DIMS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+
+# The module that is in the way, None where it is none of the site's; and what is so about it, in words that
+# "on <the module's name>" can follow: (bn2, "a forward hook is set").
+Reason = tuple[nn.Module | None, str]
+
+
+class Record(NamedTuple):
+    """What one call of a site did.
+
+    Attributes:
+        modules: those that the site runs, without the ones that are None.
+        ran: the site's fused op, such as "conv_bn_add_relu"; the same name where it did not run fused.
+        fused: whether it did.
+        reason: why not, if not.
+    """
+
+    modules: tuple[nn.Module, ...]
+    ran: str
+    fused: bool
+    reason: Reason | None
+
+
+_records: list[Record] | None = None
+
+
+@contextmanager
+def record() -> Iterator[list[Record]]:
+    """Collect a Record of every site that is called in this context."""
+    global _records
+    outer, _records = _records, []
+    try:
+        yield _records
+    finally:
+        _records = outer
+
+
+# ---------------------------------------------------------------------------------------------------------
+# fused or not
+
+
+def why_not(*modules: nn.Module | None) -> Reason | None:
+    """Why these modules cannot be fused now; None if they can.
+
+    Args:
+        modules: nn.Conv2d, nn.BatchNorm1d, 2d or 3d and nn.ReLU, in any number; None is passed over.
+
+    Returns:
+        The first module that cannot be fused, and a text that "on <its name>" can follow.
+    """
+    for module in modules:
+        if module is not None:
+            reason = _why_not(module, _CONV + _BN + _ACT)
+            if reason is not None:
+                return reason
+    return _why_no_site()
+
+
+def _why_no_site() -> Reason | None:
+    return (None, "a global module hook is set") if _has_any_global_hook() else None
+
+
+def _why_not(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Reason | None:
+    """Why calling `module` may not be just what one of the `kinds` of torch.nn does."""
+    kind = type(module)
+    if kind not in kinds:
+        return module, f"{kind.__name__} instead of {' or '.join(f'nn.{k.__name__}' for k in kinds)}"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return module, f"a forward {'hook' if module._forward_hooks else 'pre-hook'} is set"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return module, f"a backward {'hook' if module._backward_hooks else 'pre-hook'} is set"
+    # Some libraries patch an instance instead of hooking it.
+    attributes = module.__dict__
+    if "forward" in attributes or "_conv_forward" in attributes:
+        return module, "forward was replaced"
+    if "_compiled_call_impl" in attributes and module._compiled_call_impl is not None:
+        return module, "compile() was called"
+    if kind is nn.Conv2d and module.padding_mode != "zeros":
+        return module, f"padding_mode {module.padding_mode!r} is set"
+    return None
+
+
+def _why_not_input(module: nn.Module, input: Tensor, dims: tuple[int, ...]) -> Reason | None:
+    # Not a Tensor, but for example a Proxy of torch.fx, which shall see the modules themselves.
+    if not isinstance(input, Tensor):
+        return module, f"the input is a {type(input).__name__}, not a Tensor,"
+    if input.dim() not in dims:
+        return module, f"the input is {input.dim()}-d"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# sites
+
+
+def conv_bn_act(
+    conv: nn.Module,
+    bn: nn.Module,
+    act: nn.Module | None,
+    input: Tensor,
+    residual: Tensor | None = None,
+    *,
+    relu: bool,
+) -> Tensor:
+    """act(bn(conv(input)) [+ residual]).
+
+    Args:
+        conv, bn: fused if they are a plain nn.Conv2d and nn.BatchNorm2d.
+        act: the module that follows, fused if it is a plain nn.ReLU; None where a function call does it, or nothing.
+        input: (N, C_in, H, W).
+        residual: of the convolution's output shape, or None.
+        relu: whether a ReLU follows; always True where `act` is a module.
+
+    Returns:
+        (N, C_out, H_out, W_out).
+    """
+    reason = (
+        _why_not(conv, _CONV)
+        or _why_not(bn, _BN_AFTER_CONV)
+        or (None if act is None else _why_not(act, _ACT))
+        or _why_not_input(conv, input, (4,))
+        or _why_no_site()
+    )
+    if _records is not None:
+        _append_record("conv_bn", (conv, bn, act), residual, relu, reason)
+    if reason is not None:
+        return _activate(act, _add(bn(conv(input)), residual), relu)
+    running_mean, running_var, training, momentum = _statistics(bn)
+    return ops.conv_bn_relu(
+        input,
+        conv.weight,
+        running_mean,
+        running_var,
+        bn.weight,
+        bn.bias,
+        residual=residual,
+        conv_bias=conv.bias,
+        stride=conv.stride,
+        padding=conv.padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        training=training,
+        momentum=momentum,
+        eps=bn.eps,
+        activation="relu" if relu else None,
+    )
+
+
+def bn_act(
+    bn: nn.Module, act: nn.Module | None, input: Tensor, residual: Tensor | None = None, *, relu: bool
+) -> Tensor:
+    """act(bn(input) [+ residual]).
+
+    Args:
+        bn: fused if it is a plain nn.BatchNorm1d, 2d or 3d.
+        input: what bn takes.
+        act, residual, relu: as of :func:`conv_bn_act`.
+
+    Returns:
+        Tensor of input's shape.
+    """
+    reason = (
+        _why_not(bn, _BN)
+        or (None if act is None else _why_not(act, _ACT))
+        or _why_not_input(bn, input, _INPUT_DIMS[type(bn)])
+        or _why_no_site()
+    )
+    if _records is not None:
+        _append_record("bn", (bn, act), residual, relu, reason)
+    if reason is not None:
+        return _activate(act, _add(bn(input), residual), relu)
+    return _fused_bn_act(bn, input, residual, relu)
+
+
+def own_bn_act(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    """relu(bn(input) [+ residual]) for a batch norm that is itself the site: its own hooks are its caller's matter."""
+    bn._check_input_dim(input)
+    if _records is not None:
+        _append_record("bn", (bn,), residual, True, None)
+    return _fused_bn_act(bn, input, residual, relu=True)
+
+
+def add_act(act: nn.Module | None, input: Tensor, other: Tensor) -> Tensor:
+    """relu(input + other).
+
+    Args:
+        act: the module that does it, fused if it is a plain nn.ReLU; None where a function call does it.
+        input, other: of one shape to run fused.
+
+    Returns:
+        Tensor of that shape.
+    """
+    reason = (None if act is None else _why_not(act, _ACT)) or _why_no_site()
+    if reason is None and not (isinstance(input, Tensor) and isinstance(other, Tensor)):
+        reason = act, "an addend is not a Tensor"
+    if _records is not None:
+        _append_record("", (act,), other, True, reason)
+    if reason is not None:
+        return _activate(act, input + other, relu=True)
+    return ops.add_relu(input, other)
+
+
+def _fused_bn_act(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    running_mean, running_var, training, momentum = _statistics(bn)
+    arguments = (running_mean, running_var, bn.weight, bn.bias, training, momentum, bn.eps)
+    if not relu:
+        return _add(ops.batch_norm(input, *arguments), residual)
+    if residual is None:
+        return ops.bn_relu(input, *arguments)
+    return ops.bn_add_relu(input, residual, *arguments)
+
+
+def _append_record(op, modules, residual, relu, reason) -> None:
+    parts = (op, "add" if residual is not None else "", "relu" if relu else "")
+    present = tuple(module for module in modules if module is not None)
+    _records.append(Record(present, "_".join(filter(None, parts)), reason is None, reason))
+
+
+def _add(output: Tensor, residual: Tensor | None) -> Tensor:
+    return output if residual is None else output + residual
+
+
+def _activate(act: nn.Module | None, output: Tensor, relu: bool) -> Tensor:
+    if act is not None:
+        return act(output)
+    return F.relu(output) if relu else output
+
+
+# ---------------------------------------------------------------------------------------------------------
+# nn.BatchNorm2d.forward's rules
+
+
+def _statistics(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, bool, float]:
+    """running_mean, running_var, training and momentum of the call of F.batch_norm that bn(input) would make.
+
+    Counts the batch, as bn(input) does before that call.
+    """
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    if not bn.training:
+        running_mean, running_var = bn.running_mean, bn.running_var
+        return running_mean, running_var, running_mean is None and running_var is None, momentum
+    if not bn.track_running_stats:
+        return None, None, True, momentum
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:  # the cumulative average
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    return bn.running_mean, bn.running_var, True, momentum

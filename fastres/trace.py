@@ -1,0 +1,231 @@
+"""Tracing one module's own forward, or saying why the trace could not be trusted.
+
+torch.fx runs `forward` once with stand-ins for its tensors and writes down what was called; children are
+leaves. A trace equals `forward` wherever its guards hold (see `fastres.watch` and `fastres.vet`), or it
+is not made.
+"""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import operator
+import threading
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils.parametrize import is_parametrized
+
+from fastres.vet import Untraceable, from_torch
+from fastres.watch import Guard, Watch, own_names, plain, stock_class, swappable
+
+
+@dataclass
+class Trace:
+    """What a module's forward does in one mode.
+
+    Attributes:
+        module: whose forward it is.
+        training: the value of `self.training` in it.
+        graph: its placeholders are the arguments that have no default, all of them tensors.
+        defaults: the other arguments, which were taken at these values.
+        guards: the conditions under which the graph equals the forward.
+    """
+
+    module: nn.Module
+    training: bool
+    graph: fx.Graph
+    defaults: dict[str, Any]
+    guards: list[Guard]
+
+    def callee(self, node: fx.Node) -> nn.Module | None:
+        """The module that the node calls."""
+        return self.module.get_submodule(node.target) if node.op == "call_module" else None
+
+    def calls(self, node: Any, *classes: type[nn.Module]) -> bool:
+        """Whether the node calls a module of exactly one of these stock classes, with one value."""
+        return (
+            isinstance(node, fx.Node)
+            and node.op == "call_module"
+            and stock_class(self.callee(node)) in classes
+            and len(node.args) == 1
+            and isinstance(node.args[0], fx.Node)
+            and not node.kwargs
+        )
+
+
+def untouched(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether calling the module still means running `cls.forward` and nothing else, such as a hook."""
+    return (
+        (type(module) is cls or getattr(type(module), "_stock_class", None) is cls)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and "forward" not in module.__dict__
+        and not _has_any_global_hook()
+    )
+
+
+# Tracing patches nn.Module while it runs, so that two threads must not do it at once.
+_lock = threading.RLock()
+
+
+def trace(module: nn.Module, *, training: bool, inline: frozenset[nn.Module] = frozenset()) -> Trace:
+    """Trace the module's own forward; its children are leaves.
+
+    Args:
+        module: any module, fused or not: the forward of its stock class is what is traced.
+        training: the value that `self.training` has in the trace, here and in the inlined children.
+        inline: children (of any depth) whose forward is traced as well, in place of a call.
+
+    Returns:
+        The trace. The module is as it was before.
+
+    Raises:
+        Untraceable: where a trace might not equal what forward does.
+    """
+    forward = check_class(module)
+    watch = Watch(module, training)
+    recorded = {}
+    with _lock:
+        try:
+            for child in module.modules():
+                child_cls = stock_class(child)
+                if child is module or swappable(child_cls):
+                    recorded[child] = type(child)
+                    object.__setattr__(child, "__class__", watch.recording(child_cls))
+            tracer = _OwnForward(watch, forward, inline)
+            graph = tracer.trace(module)
+        except Untraceable:
+            raise
+        except Exception as error:  # whatever the user's code or fx raises: the module then stays as it is
+            raise watch.error or Untraceable(_first_sentence(error)) from error
+        finally:
+            for child, child_cls in recorded.items():
+                object.__setattr__(child, "__class__", child_cls)
+    if watch.error:
+        raise watch.error
+    return Trace(module, training, graph, tracer.defaults, watch.guards)
+
+
+def check_class(module: nn.Module) -> FunctionType:
+    """The forward that the module's stock class defines.
+
+    Raises:
+        Untraceable: where the class is of a kind that must not be traced or swapped.
+    """
+    cls = stock_class(module)
+    forward = getattr(cls, "forward", None)
+    if is_parametrized(module):
+        raise Untraceable("its own parameters are parametrized")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise Untraceable("it is a TorchScript module")
+    if isinstance(module, fx.GraphModule):
+        raise Untraceable("it is a torch.fx GraphModule, whose class rewrites its own forward")
+    if "forward" in module.__dict__:
+        raise Untraceable("forward is overridden on the instance")
+    if "__call__" in own_names(cls):
+        raise Untraceable("its class overrides __call__")
+    if not isinstance(forward, FunctionType):
+        raise Untraceable("its forward is not a plain function")
+    if not swappable(cls):
+        raise Untraceable("its class overrides attribute access, has a metaclass or has slots")
+    if from_torch(forward.__module__ or "") and forward is not nn.Sequential.forward:
+        raise Untraceable("its forward is torch's own")
+    return forward
+
+
+def _first_sentence(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The tracer
+# ---------------------------------------------------------------------------------------------------------
+
+
+class _Value(fx.Proxy):
+    """A stand-in for a tensor that keeps `x += y` apart from `x = x + y`, which fx.Proxy does not."""
+
+
+def _inplace_operator(function: Any) -> Any:
+    def method(self: _Value, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _name in "iadd isub imul imatmul itruediv ifloordiv imod ipow ilshift irshift iand ixor ior".split():
+    setattr(_Value, f"__{_name}__", _inplace_operator(getattr(operator, _name)))
+
+
+class _OwnForward(fx.Tracer):
+    """Traces the root's forward; children are leaves but for those to inline."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, watch: Watch, forward: FunctionType, inline: frozenset[nn.Module]) -> None:
+        super().__init__()
+        self.watch = watch
+        self.forward = forward
+        self.inline = inline
+        self.defaults: dict[str, Any] = {}
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        positional, keyword = [self.root], {}
+        for parameter in list(inspect.signature(self.forward, follow_wrapped=False).parameters.values())[
+            1:
+        ]:
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                self.watch.refuse(f"forward takes {parameter}")
+            if (
+                parameter.name.startswith("_")
+                or hasattr(builtins, parameter.name)
+                and parameter.name != "input"
+            ):
+                self.watch.refuse(f"forward has an argument called {parameter.name}")
+            if parameter.default is parameter.empty:
+                value = self.create_proxy("placeholder", parameter.name, (), {})
+            elif plain(parameter.default):
+                value = self.defaults[parameter.name] = parameter.default
+            else:
+                self.watch.refuse(
+                    f"forward's argument {parameter.name} has a default that is no plain value"
+                )
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                keyword[parameter.name] = value
+            else:
+                positional.append(value)
+
+        def watched() -> Any:
+            with self.watch.running():
+                return self.forward(*positional, **keyword)
+
+        return watched, []
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        self.watch.check_state()
+        return super().create_node(*args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if isinstance(a, Tensor) and not any(
+            a is t for t in (*self.root.parameters(), *self.root.buffers())
+        ):
+            self.watch.refuse("forward uses a tensor that is neither a parameter nor a buffer")
+        return super().create_arg(a)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return m not in self.inline
