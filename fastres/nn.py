@@ -1,7 +1,7 @@
 """Modules of a ResNet whose convolution, batch norm, residual addition and ReLU run fused.
 
-Each has the constructor arguments, parameters and state_dict keys of the torch.nn modules that it stands for, and
-runs those modules themselves where they cannot be fused (fastres.sites decides at every call).
+Each has the constructor arguments, parameters and state_dict keys of the torch.nn modules that it stands
+for, and runs those modules themselves where they cannot be fused (fastres.sites decides at every call).
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class BnAddReLU2d(nn.BatchNorm2d):
 
 
 class ConvBn2d(nn.Sequential):
-    """batch_norm(conv2d(input)), an nn.Sequential of the two, so that its state_dict keys begin with 0 and 1.
+    """batch_norm(conv2d(input)), an nn.Sequential of the two: its state_dict keys begin with 0 and 1.
 
     Args: as of torch.nn.Conv2d, then, by keyword, as of torch.nn.BatchNorm2d.
 
@@ -89,6 +89,10 @@ class ConvBn2d(nn.Sequential):
         self = cls.__new__(cls)
         nn.Sequential.__init__(self, conv, bn)
         return self
+
+    def __getitem__(self, index):
+        # nn.Sequential makes a slice by calling its own class with the modules.
+        return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
 
     def forward(self, input: Tensor) -> Tensor:
         conv, bn = self
@@ -192,7 +196,7 @@ class Bottleneck(nn.Module):
         norm_layer: makes a norm of its number of channels; nn.BatchNorm2d runs fused.
 
     Shape: (N, inplanes, H, W) to (N, 4 * planes, H / stride, W / stride).
-    Reference: He et al. 2015, figure 5 right, with the stride where torchvision.models.resnet.Bottleneck has it.
+    Reference: He et al. 2015, figure 5 right; torchvision.models.resnet.Bottleneck, for the stride too.
     """
 
     expansion = 4

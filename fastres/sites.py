@@ -1,8 +1,8 @@
 """Running torch.nn modules through the fused ops.
 
-A site is a place in a forward where convolution, batch norm, residual addition and ReLU follow each other. Whether it
-runs fused is decided at every call: a module that someone hooked, replaced or subclassed since the last call is
-called as it is, in the order in which stock PyTorch would have called it.
+A site is a place in a forward where convolution, batch norm, residual addition and ReLU follow each
+other. Whether it runs fused is decided at every call: a module that someone hooked, replaced or subclassed
+since the last call is called as it is, in the order in which stock PyTorch would have called it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastres import ops
 
-__all__ = ["Reason", "Record", "add_act", "bn_act", "conv_bn_act", "record", "why_not"]
+__all__ = ["Reason", "Record", "add_act", "bn_act", "conv_bn_act", "record", "stock", "why_not"]
 
 _CONV = (nn.Conv2d,)
 _BN_AFTER_CONV = (nn.BatchNorm2d,)
@@ -60,6 +60,21 @@ def record() -> Iterator[list[Record]]:
         _records = outer
 
 
+_stock = False
+_STOCK: Reason = (None, "stock layers were asked for")
+
+
+@contextmanager
+def stock() -> Iterator[None]:
+    """Run every site as the modules themselves in this context: what the fused ops are compared with."""
+    global _stock
+    outer, _stock = _stock, True
+    try:
+        yield
+    finally:
+        _stock = outer
+
+
 # ---------------------------------------------------------------------------------------------------------
 # fused or not
 
@@ -82,6 +97,8 @@ def why_not(*modules: nn.Module | None) -> Reason | None:
 
 
 def _why_no_site() -> Reason | None:
+    if _stock:
+        return _STOCK
     return (None, "a global module hook is set") if _has_any_global_hook() else None
 
 
@@ -131,7 +148,7 @@ def conv_bn_act(
 
     Args:
         conv, bn: fused if they are a plain nn.Conv2d and nn.BatchNorm2d.
-        act: the module that follows, fused if it is a plain nn.ReLU; None where a function call does it, or nothing.
+        act: the module that follows, fused if it is a plain nn.ReLU; None for a function, or nothing.
         input: (N, C_in, H, W).
         residual: of the convolution's output shape, or None.
         relu: whether a ReLU follows; always True where `act` is a module.
@@ -151,7 +168,7 @@ def conv_bn_act(
     if reason is not None:
         return _activate(act, _add(bn(conv(input)), residual), relu)
     running_mean, running_var, training, momentum = _statistics(bn)
-    return ops.conv_bn_relu(
+    output = ops.conv_bn_relu(
         input,
         conv.weight,
         running_mean,
@@ -169,6 +186,8 @@ def conv_bn_act(
         eps=bn.eps,
         activation="relu" if relu else None,
     )
+    _count_batch(bn)
+    return output
 
 
 def bn_act(
@@ -198,10 +217,13 @@ def bn_act(
 
 
 def own_bn_act(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None = None) -> Tensor:
-    """relu(bn(input) [+ residual]) for a batch norm that is itself the site: its own hooks are its caller's matter."""
+    """relu(bn(input) [+ residual]) of a batch norm that is itself the site: its caller minds its hooks."""
     bn._check_input_dim(input)
+    reason = _STOCK if _stock else None
     if _records is not None:
-        _append_record("bn", (bn,), residual, True, None)
+        _append_record("bn", (bn,), residual, True, reason)
+    if reason is not None:
+        return F.relu(_add(nn.BatchNorm2d.forward(bn, input), residual))
     return _fused_bn_act(bn, input, residual, relu=True)
 
 
@@ -229,10 +251,13 @@ def _fused_bn_act(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None, re
     running_mean, running_var, training, momentum = _statistics(bn)
     arguments = (running_mean, running_var, bn.weight, bn.bias, training, momentum, bn.eps)
     if not relu:
-        return _add(ops.batch_norm(input, *arguments), residual)
-    if residual is None:
-        return ops.bn_relu(input, *arguments)
-    return ops.bn_add_relu(input, residual, *arguments)
+        output = _add(ops.batch_norm(input, *arguments), residual)
+    elif residual is None:
+        output = ops.bn_relu(input, *arguments)
+    else:
+        output = ops.bn_add_relu(input, residual, *arguments)
+    _count_batch(bn)
+    return output
 
 
 def _append_record(op, modules, residual, relu, reason) -> None:
@@ -256,18 +281,19 @@ def _activate(act: nn.Module | None, output: Tensor, relu: bool) -> Tensor:
 
 
 def _statistics(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, bool, float]:
-    """running_mean, running_var, training and momentum of the call of F.batch_norm that bn(input) would make.
-
-    Counts the batch, as bn(input) does before that call.
-    """
+    """running_mean, running_var, training and momentum, as bn(input) would give them to F.batch_norm."""
     momentum = 0.0 if bn.momentum is None else bn.momentum
     if not bn.training:
         running_mean, running_var = bn.running_mean, bn.running_var
         return running_mean, running_var, running_mean is None and running_var is None, momentum
     if not bn.track_running_stats:
         return None, None, True, momentum
-    if bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if bn.momentum is None:  # the cumulative average
-            momentum = 1.0 / float(bn.num_batches_tracked)
+    if bn.momentum is None and bn.num_batches_tracked is not None:  # the cumulative average
+        momentum = 1.0 / (float(bn.num_batches_tracked) + 1.0)
     return bn.running_mean, bn.running_var, True, momentum
+
+
+def _count_batch(bn: nn.BatchNorm2d) -> None:
+    """To be called after the op, so that a batch that it refused is not counted."""
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)

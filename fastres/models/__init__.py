@@ -1,4 +1,4 @@
-"""Residual networks that run fused, under torchvision's names; `get_model(name)` and `list_models()` as there."""
+"""Residual networks that run fused, with torchvision's names, get_model(name) and list_models()."""
 
 from typing import Any
 

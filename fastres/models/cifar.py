@@ -1,7 +1,7 @@
 """The thin ResNets for 32x32 images, and their plain twins.
 
-Reference: He et al. 2015 (arXiv:1512.03385), section 4.2: 6n + 2 layers, three stages of n blocks with 16, 32 and 64
-channels, parameter-free shortcuts (option A).
+Reference: He et al. 2015 (arXiv:1512.03385), section 4.2: 6n + 2 layers, three stages of n blocks with
+16, 32 and 64 channels, parameter-free shortcuts (option A).
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
-"""The ImageNet ResNets under torchvision's names, signatures and state_dict keys, and the paper's plain twins.
+"""The ImageNet ResNets under torchvision's names, signatures and keys, and the paper's plain twins.
 
-Reference: He et al. 2015 (arXiv:1512.03385), table 1; Xie et al. 2016 (arXiv:1611.05431); Zagoruyko and Komodakis
-2016 (arXiv:1605.07146).
+Reference: He et al. 2015 (arXiv:1512.03385), table 1; Xie et al. 2016 (arXiv:1611.05431);
+Zagoruyko and Komodakis 2016 (arXiv:1605.07146).
 """
 
 from collections.abc import Mapping, Sequence
@@ -112,9 +112,11 @@ def init_weights(model: nn.Module, zero_init_residual: bool = False) -> None:
             nn.init.constant_(module.bias, 0)
     if zero_init_residual:
         for module in model.modules():
-            last = {Bottleneck: "bn3", BasicBlock: "bn2"}.get(type(module))
-            if last is not None and getattr(module, last).weight is not None:
-                nn.init.constant_(getattr(module, last).weight, 0)
+            # A block without a shortcut would be zero for good.
+            if isinstance(module, (BasicBlock, Bottleneck)) and module.has_shortcut:
+                last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
+                if last.weight is not None:
+                    nn.init.constant_(last.weight, 0)
 
 
 def _resnet(
@@ -164,7 +166,8 @@ def _builder(name: str):
     build.__doc__ = f"""{name}, without pretrained weights of its own.
 
     Args:
-        weights: None for fresh ones, else a state_dict, the path of a saved one, or a torchvision weights enum member.
+        weights: None for fresh ones, else a state_dict, the path of a saved one, or a member of a
+            torchvision weights enum.
         progress: show a bar where torchvision downloads.
         **kwargs: as of :class:`ResNet`.
 

@@ -1,0 +1,379 @@
+"""`fastres bench`: one step of a model with fused layers against the same model with stock layers.
+
+Each variant has its own copy of the model from the same seed and sees the same batch. They take turns
+(fastres.timing); what is printed is the median over the rounds of stock's time / fused's time.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastres import _C, models, sites
+from fastres.timing import Machine, Seconds, Spread, interleave, ratios
+
+_STOCK_VARIANTS = ("eager", "compile")
+_WARM_UP = (
+    2  # calls: the first compiles and makes the optimizer's state, the second runs in the memory so gained
+)
+_PROFILED = 3  # calls: the sums of one vary by several percent
+_PARTS = ("convolution", "linear", "optimizer", "the rest")
+
+
+class BenchError(ValueError):
+    """The measurement that was asked for cannot be made; the message says why."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", default="resnet50", help="one of fastres.models (default: %(default)s)")
+    add("--batch", type=int, default=16, help="images a step (default: %(default)s)")
+    add("--image-size", type=int, default=224, help="side of the images (default: %(default)s)")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast (default: %(default)s)")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="(default: %(default)s)")
+    add(
+        "--mode",
+        choices=["train", "infer"],
+        default="train",
+        help="train: forward, loss, backward, SGD with momentum; infer: forward (default: %(default)s)",
+    )
+    add("--against", default="eager", help="eager, compile or eager,compile (default: %(default)s)")
+    add("--contiguous", action="store_true", help="memory in NCHW order instead of channels_last")
+    add("--repeat", type=int, default=10, help="rounds (default: %(default)s)")
+    add("--threads", type=int, help="threads of PyTorch's CPU ops (default here: PyTorch's own choice)")
+    add(
+        "--breakdown", action="store_true", help="also where the time goes, and the memory of saved tensors"
+    )
+    add("--json", type=Path, metavar="FILE", help="write every time, with the settings and the machine")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    threads = torch.get_num_threads()
+    try:
+        result = _measure(arguments)
+        _print(result)
+        if arguments.json is not None:
+            _write(result, arguments.json)
+    except BenchError as error:
+        print(f"fastres bench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nfastres bench: interrupted", file=sys.stderr)
+        return 130
+    finally:
+        torch.set_num_threads(threads)
+    return 0
+
+
+def _measure(arguments: argparse.Namespace) -> dict:
+    against = _check(arguments)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    variants = {name: Variant(name, arguments) for name in ("fused", *against)}
+    rounds = arguments.repeat
+    profiled = 2 if arguments.breakdown else 0
+    with _shown_progress(len(variants) * (_WARM_UP + rounds + profiled)) as advance:
+        for variant in variants.values():
+            variant.warm_up(advance)
+        seconds = interleave({n: v.step for n, v in variants.items()}, rounds, device, advance)
+        breakdown = {}
+        if arguments.breakdown:
+            for name, variant in variants.items():
+                breakdown[name] = {"seconds": time_by_part(variant.step, device)}
+                advance()
+                if arguments.mode == "train":
+                    breakdown[name]["saved_bytes"] = variant.saved_bytes()
+                advance()
+    settings = {name: getattr(arguments, name) for name in _SETTINGS}
+    return _result(settings, Machine.at_hand(device), seconds, breakdown, variants["fused"].unfused)
+
+
+_SETTINGS = ("model", "batch", "image_size", "dtype", "device", "mode", "contiguous", "repeat")
+
+
+def _result(
+    settings: dict, machine: Machine, seconds: Seconds, breakdown: dict, unfused: dict[str, int]
+) -> dict:
+    """What is written as JSON, and what is printed of it."""
+    spreads = {name: asdict(Spread.of(times)) for name, times in seconds.items()}
+    stock = {name: ratios(seconds, name, "fused") for name in seconds if name != "fused"}
+    return {
+        "settings": settings,
+        "machine": machine.as_dict(),
+        "variants": {
+            name: {
+                "images_per_second": settings["batch"] / spreads[name]["median"],
+                "seconds": spreads[name],
+                "seconds_by_round": seconds[name],
+                **({"breakdown": breakdown[name]} if breakdown else {}),
+            }
+            for name in seconds
+        },
+        "speedup": {
+            name: {**asdict(Spread.of(values)), "by_round": values} for name, values in stock.items()
+        },
+        "unfused": unfused,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------
+# what is asked for
+
+
+def _check(arguments: argparse.Namespace) -> list[str]:
+    """The stock variants, once everything that was asked for is known to make sense."""
+    if arguments.model not in models.list_models():
+        near = get_close_matches(arguments.model, models.list_models(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(models.list_models())}"
+        raise BenchError(f"--model {arguments.model}: there is no such model{hint}")
+    for name in ("batch", "image_size", "repeat", "threads"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise BenchError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+    against = list(dict.fromkeys(filter(None, arguments.against.split(","))))
+    if not against or not set(against) <= set(_STOCK_VARIANTS):
+        raise BenchError(f"--against {arguments.against!r}: expected eager, compile or eager,compile")
+    if arguments.device == "cuda":
+        if not torch.cuda.is_available():
+            raise BenchError(
+                "--device cuda: PyTorch finds no CUDA device here; `fastres doctor` tells more"
+            )
+        if not _C.build_info()["cuda"]:
+            raise BenchError(
+                "--device cuda: this fastres was built without CUDA, so nothing would run fused"
+            )
+    path = arguments.json
+    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise BenchError(f"--json {path}: cannot write there")
+    return against
+
+
+# ---------------------------------------------------------------------------------------------------------
+# a variant
+
+
+class Variant:
+    """A model and the step that is timed.
+
+    Args:
+        name: "fused", "eager" (stock layers) or "compile" (torch.compile of stock layers).
+        arguments: of `fastres bench`.
+    """
+
+    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
+        self.name = name
+        self.device = torch.device(arguments.device)
+        self.training = arguments.mode == "train"
+        self.bf16 = arguments.dtype == "bf16"
+        self.unfused: dict[str, int] = {}  # why sites ran stock, and how many of them
+        layout = torch.contiguous_format if arguments.contiguous else torch.channels_last
+        generator = torch.Generator().manual_seed(0)
+        size = arguments.image_size
+        images = torch.randn(arguments.batch, 3, size, size, generator=generator)
+        labels = torch.randint(10, (arguments.batch,), generator=generator)
+        self.images, self.labels = images.to(self.device, memory_format=layout), labels.to(self.device)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = models.get_model(arguments.model)
+        self.model = model.to(self.device, memory_format=layout).train(self.training)
+        # So small that a batch seen many times is not learned by heart: its gradients would become denormal
+        # numbers, which are slow.
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-5, momentum=0.9)
+        self.forward: Callable[[Tensor], Tensor] = torch.compile(model) if name == "compile" else model
+
+    def warm_up(self, advance: Callable[[], object] = lambda: None) -> None:
+        """Everything that only the first calls do, and a look at whether the fused model runs fused.
+
+        Raises:
+            BenchError: the model cannot run these settings.
+        """
+        try:
+            with sites.record() if self.name == "fused" else contextlib.nullcontext([]) as records:
+                self.step()
+            advance()
+            for _ in range(_WARM_UP - 1):
+                self.step()
+                advance()
+        except (ValueError, RuntimeError) as error:
+            message = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise BenchError(f"{self.name} cannot run these settings: {message}") from error
+        for record in records:
+            if not record.fused:
+                reason = record.reason[1]
+                self.unfused[reason] = self.unfused.get(reason, 0) + 1
+
+    def step(self) -> None:
+        if not self.training:
+            with torch.inference_mode(), self._context():
+                self.forward(self.images)
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        self._loss().backward()
+        self.optimizer.step()
+
+    def saved_bytes(self) -> int:
+        """Memory that the forward keeps for the backward: each storage once, the model's own left out."""
+        own = {t.untyped_storage().data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
+        storages: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        # All that is saved lives until the backward, so that no address is met twice.
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = self._loss()
+        loss.backward()
+        return sum(storages.values())
+
+    def _loss(self) -> Tensor:
+        with self._context():
+            return F.cross_entropy(self.forward(self.images), self.labels)
+
+    @contextlib.contextmanager
+    def _context(self) -> Iterator[None]:
+        layers = contextlib.nullcontext() if self.name == "fused" else sites.stock()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16), layers:
+            yield
+
+
+# ---------------------------------------------------------------------------------------------------------
+# where the time goes
+
+_CONVOLUTION = re.compile(r"(aten|mkldnn|onednn)::\w*(convolution|conv[123]d)")
+_LINEAR = re.compile(r"(aten|mkldnn|onednn)::\w*(linear|addmm|mm|matmul)")
+
+
+def time_by_part(step: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Seconds a call spent in convolutions, in linear layers, in the optimizer and in the rest.
+
+    Self time by op, under the profiler: the CPU's, or where `device` is a CUDA device that of the kernels.
+    """
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "6"
+    )  # else the profiler tells on stderr that it starts and stops
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities) as profiler:
+        for _ in range(_PROFILED):
+            # Its self time is what passes between the ops, in Python.
+            with contextlib.nullcontext() if cuda else record_function("step"):
+                step()
+        if cuda:
+            torch.cuda.synchronize()
+    parts = dict.fromkeys(_PARTS, 0.0)
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CPU:
+            self_time = event.self_device_time_total if cuda else event.self_cpu_time_total
+            parts[_part(event)] += self_time / 1e6 / _PROFILED
+    return parts
+
+
+def _part(event) -> str:
+    if _CONVOLUTION.match(event.name):
+        return "convolution"
+    if _LINEAR.match(event.name):
+        return "linear"
+    while event is not None:
+        if event.name.startswith("Optimizer."):
+            return "optimizer"
+        event = event.cpu_parent
+    return "the rest"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# showing and writing
+
+
+@contextlib.contextmanager
+def _shown_progress(steps: int) -> Iterator[Callable[[], object]]:
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("steps"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("bench", total=steps)
+        yield lambda: bar.advance(task)
+
+
+def _print(result: dict) -> None:
+    settings = result["settings"]
+    print(
+        f"{settings['model']}, {settings['mode']}, {settings['batch']} images of "
+        f"{settings['image_size']}x{settings['image_size']}, {settings['dtype']}, "
+        f"{'contiguous' if settings['contiguous'] else 'channels_last'}, {settings['device']}"
+    )
+    print(Machine(**result["machine"]))
+    print(f"\n{'':8}{'s/step':>9}{'images/s':>10}   fused is faster by (quartiles of {settings['repeat']})")
+    for name, variant in result["variants"].items():
+        line = f"{name:8}{variant['seconds']['median']:9.4f}{variant['images_per_second']:10.1f}"
+        if name in result["speedup"]:
+            speedup = result["speedup"][name]
+            line += f"   {speedup['median']:.2f}x ({speedup['low']:.2f} to {speedup['high']:.2f})"
+        print(line)
+    for reason, count in result["unfused"].items():
+        print(f"{count} sites of the fused model ran stock: {reason}")
+    breakdowns = {n: v["breakdown"] for n, v in result["variants"].items() if "breakdown" in v}
+    if breakdowns:
+        _print_breakdown(breakdowns)
+
+
+def _print_breakdown(breakdowns: dict[str, dict]) -> None:
+    print(f"\n{'s/step, profiled':18}" + "".join(f"{name:>10}" for name in breakdowns))
+    for part in _PARTS:
+        row = "".join(f"{breakdown['seconds'][part]:10.4f}" for breakdown in breakdowns.values())
+        print(f"{part:18}{row}")
+    _print_shares("  of stock's", {n: b["seconds"]["the rest"] for n, b in breakdowns.items()})
+    saved = {name: breakdown.get("saved_bytes") for name, breakdown in breakdowns.items()}
+    if None not in saved.values():
+        print(f"{'saved MB':18}" + "".join(f"{bytes / 1e6:10.1f}" for bytes in saved.values()))
+        _print_shares("  of stock's", saved)
+
+
+def _print_shares(title: str, values: dict[str, float]) -> None:
+    """Fused's value as a share of each stock variant's, beneath that variant."""
+    shares = [
+        f"{'':>10}" if name == "fused" or not value else f"{values['fused'] / value:10.2f}"
+        for name, value in values.items()
+    ]
+    print(f"{title:18}" + "".join(shares))
+
+
+def _write(result: dict, path: Path) -> None:
+    """So that a crash at any moment leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w") as file:
+            json.dump(result, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise BenchError(f"--json {path}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,40 @@
+"""The `fastres` command. Each subcommand is imported only when it is asked for."""
+
+import argparse
+import sys
+from importlib import import_module
+
+# name: module with add_arguments(parser) and run(arguments) -> exit status, what it does
+_COMMANDS = {
+    "train": ("fastres.train.command", "train a residual network to a held-out accuracy"),
+    "bench": ("fastres.bench", "time fused against stock layers, interleaved"),
+    "explain": ("fastres.explain_command", "list what runs fused in a model, what does not, and why"),
+    "doctor": ("fastres.doctor", "check this installation, each op against float64"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    parser = argparse.ArgumentParser(prog="fastres", description="ResNets with fused layers for PyTorch.")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    for name, (module, help_text) in _COMMANDS.items():
+        subparser = commands.add_parser(name, help=help_text, description=help_text)
+        if name == chosen:
+            command = import_module(module)
+            command.add_arguments(subparser)
+    arguments = parser.parse_args(argv)
+    if arguments.version:
+        import fastres
+
+        print(fastres.__version__)
+        return 0
+    if arguments.command is None:
+        parser.print_help()
+        return 2
+    return command.run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""`fastres train`: arguments, progress on the terminal, exit status."""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+
+from fastres import models
+from fastres.train.data import DataError, digits, image_folder
+from fastres.train.loop import Progress, ResumeError, Run, Settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--arch", default="cifar_resnet20", help="one of fastres.models (default: %(default)s)")
+    add("--data", help="a folder with a folder of images for each class (default: scikit-learn's digits)")
+    add("--epochs", type=int, default=30, help="(default: %(default)s)")
+    add("--batch-size", type=int, default=64, help="(default: %(default)s)")
+    add("--lr", type=float, default=0.1, help="peak learning rate (default: %(default)s)")
+    add("--image-size", type=int, default=224, help="side of the images of --data (default: %(default)s)")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast (default: %(default)s)")
+    add(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="(default here: %(default)s)",
+    )
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--workers", type=int, default=0, help="processes that read images (default: %(default)s)")
+    add("--out", type=Path, default=Path("runs/train"), help="folder of the results (default: %(default)s)")
+    add("--resume", action="store_true", help="continue the run in --out")
+    layers = parser.add_mutually_exclusive_group()
+    layers.add_argument(
+        "--fused", dest="fused", action="store_true", default=True, help="fused layers (default)"
+    )
+    layers.add_argument("--stock", dest="fused", action="store_false", help="PyTorch's own layers")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        settings = _settings(arguments)
+        data = (
+            digits() if arguments.data is None else image_folder(Path(arguments.data), arguments.image_size)
+        )
+        training = Run(settings, data, arguments.out)
+        if arguments.resume:
+            training.resume()
+        layers = "fused" if settings.fused else "stock"
+        print(
+            f"{settings.arch} ({layers}, {settings.dtype}, {settings.device}) on {data.description}: "
+            f"{len(data.train)} images to train on, {len(data.test)} held out"
+        )
+        with _shown_progress(settings.epochs) as progress:
+            training.train(progress)
+        accuracy = training.evaluate()
+    except (DataError, ResumeError) as error:
+        print(f"fastres train: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nfastres train: interrupted; --resume --out {arguments.out} goes on", file=sys.stderr)
+        return 130
+    print(f"results in {arguments.out}: checkpoint.pt, metrics.csv, curves.png")
+    print(f"held-out accuracy {accuracy:.4f}")
+    return 0
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    if arguments.arch not in models.list_models():
+        near = get_close_matches(arguments.arch, models.list_models(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(models.list_models())}"
+        raise DataError(f"--arch {arguments.arch}: there is no such model{hint}")
+    for name, least in (("epochs", 1), ("batch_size", 2), ("image_size", 32), ("workers", 0)):
+        if getattr(arguments, name) < least:
+            option = "--" + name.replace("_", "-")
+            raise DataError(f"{option} {getattr(arguments, name)}: expected {least} or more")
+    if not 0 < arguments.lr < float("inf"):
+        raise DataError(f"--lr {arguments.lr}: expected a number above 0")
+    if arguments.arch.startswith("cifar_") is False and arguments.data is None:
+        raise DataError(
+            f"--arch {arguments.arch} takes images of three channels: give --data, a folder of images"
+        )
+    names = ("arch", "epochs", "batch_size", "lr", "dtype", "seed", "fused", "device", "workers")
+    return Settings(**{name: getattr(arguments, name) for name in names})
+
+
+@contextmanager
+def _shown_progress(epochs: int) -> Iterator[Progress]:
+    """A bar on a terminal; elsewhere a line an epoch."""
+    if not sys.stdout.isatty():
+        started = time.perf_counter()
+
+        def line(epoch: int, done: int, total: int, loss: float, rate: float) -> None:
+            if done >= total - 1:
+                seconds = time.perf_counter() - started
+                print(
+                    f"epoch {epoch + 1}/{epochs}  loss {loss:.4f}  {rate:.0f} images/s  {seconds:.0f} s",
+                    flush=True,
+                )
+
+        yield line
+        return
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("epoch {task.fields[epoch]}"),
+        BarColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:.0f} images/s"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns) as bar:
+        task = bar.add_task("train", total=None, epoch=f"1/{epochs}", loss=float("nan"), rate=0.0)
+
+        def update(epoch: int, done: int, total: int, loss: float, rate: float) -> None:
+            bar.update(
+                task,
+                total=epochs * total,
+                completed=epoch * total + done,
+                epoch=f"{epoch + 1}/{epochs}",
+                loss=loss,
+                rate=rate,
+            )
+
+        yield update

@@ -1,0 +1,157 @@
+"""Images to train on: scikit-learn's digits, or a folder with one folder of images a class."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+class DataError(ValueError):
+    """The data cannot be trained on; the message says why."""
+
+
+@dataclass
+class Data:
+    """Two data sets that share no image, of (image: (C, H, W) float32, label) pairs."""
+
+    train: Dataset
+    test: Dataset
+    classes: list[str]
+    channels: int
+    description: str
+
+
+def digits() -> Data:
+    """1,797 handwritten digits of 8x8 pixels, part of scikit-learn; a fixed fifth of each is held out.
+
+    Reference: Alpaydin and Kaynak 1998, the test set of UCI's "Optical Recognition of Handwritten Digits".
+    """
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 16
+    labels = torch.from_numpy(labels).long()
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    for label in range(10):
+        (members,) = torch.where(labels == label)
+        chosen = torch.randperm(len(members), generator=generator)[: len(members) // 5]
+        held_out[members[chosen]] = True
+    mean, std = images[~held_out].mean(), images[~held_out].std()
+    images = (images - mean) / std
+    # Two pixels an original one: a network of three stages then ends at 4x4 and not at 2x2.
+    images = torch.nn.functional.interpolate(images, scale_factor=2, mode="bilinear", align_corners=False)
+    train, test = (TensorDataset(images[part], labels[part]) for part in (~held_out, held_out))
+    return Data(train, test, [str(label) for label in range(10)], 1, "scikit-learn's digits")
+
+
+class ImageFolder(Dataset):
+    """Image files with their labels; decoded, resized and cropped when asked for.
+
+    Args:
+        files: (path, label) pairs.
+        size: side of the square that is returned.
+        augment: random crop and flip instead of the centre.
+    """
+
+    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+
+    def __init__(self, files: list[tuple[Path, int]], size: int, augment: bool) -> None:
+        self.files, self.size, self.augment = files, size, augment
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.files[index]
+        return self._read(path), label
+
+    def _read(self, path: Path) -> Tensor:
+        import numpy
+        from PIL import Image
+
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except OSError as error:
+            raise DataError(f"{path} is no image that can be read: {error}") from error
+        shorter = round(self.size * 256 / 224)
+        scale = shorter / min(image.size)
+        width, height = (max(self.size, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        if self.augment:
+            left = int(torch.randint(width - self.size + 1, ()))
+            top = int(torch.randint(height - self.size + 1, ()))
+        else:
+            left, top = (width - self.size) // 2, (height - self.size) // 2
+        image = image.crop((left, top, left + self.size, top + self.size))
+        pixels = torch.from_numpy(numpy.array(image)).permute(2, 0, 1).float() / 255
+        if self.augment and torch.rand(()) < 0.5:
+            pixels = pixels.flip(2)
+        return (pixels - torch.tensor(self.MEAN).view(3, 1, 1)) / torch.tensor(self.STD).view(3, 1, 1)
+
+
+def image_folder(root: Path, size: int) -> Data:
+    """Folders of images, one a class, below `root`/train and `root`/val (or test), or below `root` itself.
+
+    In the last case a fifth of each class is held out, the same one each time.
+
+    Raises:
+        DataError: no such folder, or it has fewer than two classes, or a class without images.
+    """
+    if not root.is_dir():
+        raise DataError(f"--data {root}: there is no such folder")
+    held_out_root = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    if (root / "train").is_dir() and held_out_root is not None:
+        train, classes = _files(root / "train")
+        test, test_classes = _files(held_out_root)
+        if test_classes != classes:
+            raise DataError(f"--data {root}: train and {held_out_root.name} have different classes")
+    else:
+        files, classes = _files(root)
+        train, test = [], []
+        for label in range(len(classes)):
+            members = [file for file in files if file[1] == label]
+            order = torch.randperm(len(members), generator=torch.Generator().manual_seed(0)).tolist()
+            count = max(1, len(members) // 5)
+            test += [members[i] for i in order[:count]]
+            train += [members[i] for i in order[count:]]
+    return Data(
+        ImageFolder(train, size, augment=True),
+        ImageFolder(test, size, augment=False),
+        classes,
+        3,
+        str(root),
+    )
+
+
+def _files(root: Path) -> tuple[list[tuple[Path, int]], list[str]]:
+    classes = sorted(path.name for path in root.iterdir() if path.is_dir())
+    if len(classes) < 2:
+        raise DataError(f"{root} has {len(classes)} folders, expected at least two, one a class")
+    files = []
+    for label, name in enumerate(classes):
+        members = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in _SUFFIXES)
+        if len(members) < 2:
+            raise DataError(f"{root / name} has {len(members)} images, expected at least two")
+        files += [(path, label) for path in members]
+    return files, classes
+
+
+def shifted(images: Tensor, generator: torch.Generator, pixels: int = 2) -> Tensor:
+    """Each image moved by up to `pixels` in each direction, its border repeated: (N, C, H, W) to the same.
+
+    Reference: the random crop of a padded image, He et al. 2015, section 4.2, for a whole batch at once.
+    """
+    count, _, height, width = images.shape
+    padded = torch.nn.functional.pad(images, (pixels,) * 4, mode="replicate")
+    rows, columns = torch.randint(0, 2 * pixels + 1, (2, count, 1), generator=generator)
+    rows = (rows + torch.arange(height))[:, None, :, None]
+    columns = (columns + torch.arange(width))[:, None, None, :]
+    return padded[
+        torch.arange(count)[:, None, None, None], torch.arange(images.size(1))[:, None, None], rows, columns
+    ]

@@ -1,0 +1,208 @@
+"""Training a residual network to a held-out accuracy."""
+
+import contextlib
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from fastres import models, sites
+from fastres.train import checkpoint, report
+from fastres.train.data import Data, shifted
+
+
+class ResumeError(ValueError):
+    """A checkpoint does not belong to this run; the message says why."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run computes; two runs of equal settings, data and machine give equal weights.
+
+    Attributes:
+        lr: peak learning rate, warmed up over `warmup` epochs and then lowered along a cosine.
+        dtype: "fp32" or "bf16" (autocast; weights and statistics stay fp32).
+        fused: run the fused ops, else the same model's stock layers.
+        momentum, weight_decay: of SGD.
+    """
+
+    arch: str
+    epochs: int
+    batch_size: int
+    lr: float
+    dtype: str = "fp32"
+    seed: int = 0
+    fused: bool = True
+    device: str = "cpu"
+    workers: int = 0
+    warmup: float = 2.0
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+
+# Called after each batch: epoch, images done in it, images in it, loss, images a second.
+Progress = Callable[[int, int, int, float, float], None]
+
+# What may differ between a run and its continuation.
+_FREE = {"workers", "device"}
+
+
+class Run:
+    """One training run in a folder: model, optimizer and all that a checkpoint holds."""
+
+    def __init__(self, settings: Settings, data: Data, folder: Path) -> None:
+        self.settings, self.data, self.folder = settings, data, folder
+        for seed in (torch.manual_seed, numpy.random.seed, random.seed):
+            seed(settings.seed)
+        arguments = {"num_classes": len(data.classes)}
+        if settings.arch.startswith("cifar_"):
+            arguments["in_channels"] = data.channels
+        model = models.get_model(settings.arch, **arguments)
+        self.model = model.to(settings.device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(
+            _parameter_groups(self.model, settings.weight_decay),
+            lr=settings.lr,
+            momentum=settings.momentum,
+            nesterov=True,
+            fused=True,
+        )
+        self.epochs: list[report.Epoch] = []
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    def resume(self) -> None:
+        """Continue from the folder's checkpoint.
+
+        Raises:
+            ResumeError: there is none, or it is of a run with other settings.
+        """
+        if not self.checkpoint_path.exists():
+            raise ResumeError(f"--resume: there is no {self.checkpoint_path}")
+        try:
+            state = torch.load(self.checkpoint_path, map_location=self.settings.device, weights_only=True)
+        except Exception as error:
+            raise ResumeError(f"--resume: {self.checkpoint_path} is no checkpoint: {error}") from error
+        for name, value in asdict(self.settings).items():
+            if name not in _FREE and state["settings"][name] != value:
+                raise ResumeError(
+                    f"--resume: {self.checkpoint_path} was trained with {name} {state['settings'][name]}, "
+                    f"this run has {value}"
+                )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epochs = [report.Epoch(**epoch) for epoch in state["epochs"]]
+        checkpoint.restore_random_states(state["random"])
+
+    def train(self, progress: Progress | None = None) -> None:
+        """Train the epochs that are left, leaving a checkpoint, metrics.csv and curves.png after each."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for epoch in range(len(self.epochs), self.settings.epochs):
+            self.epochs.append(self._train_epoch(epoch, progress))
+            self._save()
+
+    def _save(self) -> None:
+        state = {
+            "settings": asdict(self.settings),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epochs": [asdict(epoch) for epoch in self.epochs],
+            "random": checkpoint.random_states(),
+        }
+        checkpoint.save(state, self.checkpoint_path)
+        report.write_metrics(self.epochs, self.folder / "metrics.csv")
+        title = f"{self.settings.arch} on {self.data.description}"
+        report.draw_curves(self.epochs, title, self.folder / "curves.png")
+
+    def _train_epoch(self, epoch: int, progress: Progress | None) -> report.Epoch:
+        self.model.train()
+        total, done, started = len(self.data.train), 0, time.perf_counter()
+        loss_sum = torch.zeros((), device=self.settings.device)
+        correct = torch.zeros((), device=self.settings.device)
+        for images, labels in self._batches(total):
+            lr = self._learning_rate(epoch + done / total)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.zero_grad()
+            with self._autocast(), self._layers():
+                output = self.model(images)
+                loss = F.cross_entropy(output.float(), labels)
+            loss.backward()
+            self.optimizer.step()
+            done += len(labels)
+            loss_sum += loss.detach() * len(labels)
+            correct += (output.detach().argmax(1) == labels).sum()
+            if progress is not None:
+                progress(epoch, done, total, loss.item(), done / (time.perf_counter() - started))
+        rate = done / (time.perf_counter() - started)
+        return report.Epoch(epoch + 1, lr, loss_sum.item() / done, correct.item() / done, rate)
+
+    def _batches(self, total: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """An epoch's batches in a random order, but for a last one of a single image, which no batch norm takes."""
+        size = self.settings.batch_size
+        order = torch.randperm(total)
+        if total % size == 1:
+            order = order[:-1]
+        if isinstance(self.data.train, TensorDataset):
+            augmentation = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+            images, labels = self.data.train.tensors
+            for part in order.split(size):
+                yield self._to_device(shifted(images[part], augmentation), labels[part])
+        else:
+            generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+            loader = DataLoader(
+                self.data.train,
+                size,
+                sampler=order.tolist(),
+                num_workers=self.settings.workers,
+                generator=generator,
+            )
+            for images, labels in loader:
+                yield self._to_device(images, labels)
+
+    def evaluate(self) -> float:
+        """The share of the held-out images whose class is recognised."""
+        self.model.eval()
+        correct = 0
+        with torch.inference_mode(), self._autocast(), self._layers():
+            for images, labels in DataLoader(self.data.test, 256, num_workers=self.settings.workers):
+                images, labels = self._to_device(images, labels)
+                correct += (self.model(images).argmax(1) == labels).sum().item()
+        return correct / len(self.data.test)
+
+    def _to_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        device = self.settings.device
+        return images.to(device, memory_format=torch.channels_last), labels.to(device)
+
+    def _autocast(self):
+        return torch.autocast(
+            torch.device(self.settings.device).type, torch.bfloat16, enabled=self.settings.dtype == "bf16"
+        )
+
+    def _layers(self):
+        return contextlib.nullcontext() if self.settings.fused else sites.stock()
+
+    def _learning_rate(self, epoch: float) -> float:
+        settings = self.settings
+        warmup = min(settings.warmup, settings.epochs / 4)
+        if epoch < warmup:
+            return settings.lr * max(epoch / warmup, 0.01)
+        return settings.lr * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (settings.epochs - warmup)))
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Norms and biases are not decayed (Goyal et al. 2017, arXiv:1706.02677, section 5.3)."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]

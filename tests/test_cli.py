@@ -1,0 +1,53 @@
+"""The command line: help without heavy imports, versions, unknown words."""
+
+import subprocess
+import sys
+
+import pytest
+
+import fastres
+from fastres import cli
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == fastres.__version__
+
+
+def test_nothing_asked_prints_help(capsys):
+    assert cli.main([]) == 2
+    assert {"train", "bench", "explain", "doctor"} <= set(capsys.readouterr().out.split())
+
+
+def test_unknown_command(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["fly"])
+    assert exit.value.code == 2
+    assert "invalid choice: 'fly'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "bench", "explain", "doctor"])
+def test_each_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main([command, "--help"])
+    assert exit.value.code == 0 and "usage: fastres " + command in capsys.readouterr().out
+
+
+def test_module_runs_as_a_command():
+    run = subprocess.run([sys.executable, "-m", "fastres", "--version"], capture_output=True, text=True)
+    assert (run.returncode, run.stdout.strip()) == (0, fastres.__version__)
+
+
+def test_explain_prints_each_block(capsys):
+    assert cli.main("explain --model cifar_resnet20 --image-size 16".split()) == 0
+    assert "layer3.2" in capsys.readouterr().out
+
+
+def test_import_loads_nothing_heavy():
+    code = (
+        "import sys, torch; before = set(sys.modules); import fastres;"
+        "print(sorted({name.split('.')[0] for name in set(sys.modules) - before}"
+        "& {'sklearn', 'matplotlib', 'rich', 'PIL', 'pandas', 'torchvision', 'timm', 'transformers'}))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "[]", run.stderr

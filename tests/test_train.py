@@ -1,0 +1,260 @@
+"""The training program: data, resuming to the bit, atomic checkpoints, the files it leaves, its errors."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Subset, TensorDataset
+
+from fastres import cli
+from fastres.train import checkpoint, data, loop, report
+
+SETTINGS = dict(arch="cifar_resnet20", epochs=3, batch_size=16, lr=0.05)
+
+
+@pytest.fixture(scope="module")
+def few():
+    """Digits enough for a few batches."""
+    digits = data.digits()
+    digits.train, digits.test = (TensorDataset(*part[:48]) for part in (digits.train, digits.test))
+    return digits
+
+
+@pytest.fixture
+def folder_of_images(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(10):
+            size = (40 + 3 * i, 50, 3)
+            pixels = torch.randint(0, 128, size, generator=generator) + (100 if name == "dog" else 0)
+            Image.fromarray(pixels.byte().numpy()).save(tmp_path / "images" / name / f"{i}.png")
+    return tmp_path / "images"
+
+
+def weights(run):
+    return torch.cat([value.flatten().double() for value in run.model.state_dict().values()])
+
+
+def test_digits_are_real_and_the_held_out_ones_are_never_trained_on():
+    digits = data.digits()
+    assert len(digits.train) + len(digits.test) == 1797
+    train, test = (
+        {image.numpy().tobytes() for image in part.tensors[0]} for part in (digits.train, digits.test)
+    )
+    assert not train & test
+    counts = torch.bincount(digits.test.tensors[1], minlength=10)
+    assert counts.min() >= 34 and len(digits.test) == counts.sum()
+    again = data.digits()
+    assert torch.equal(again.test.tensors[0], digits.test.tensors[0])
+
+
+def test_shifted_moves_each_image_by_itself_and_at_most_so_far():
+    images = torch.zeros(64, 1, 9, 9)
+    images[:, :, 4, 4] = 1
+    moved = data.shifted(images, torch.Generator().manual_seed(0), pixels=2)
+    assert moved.shape == images.shape and torch.equal(moved.sum((1, 2, 3)), torch.ones(64))
+    rows, columns = moved[:, 0].flatten(1).argmax(1) // 9, moved[:, 0].flatten(1).argmax(1) % 9
+    assert set(rows.tolist()) == set(columns.tolist()) == {2, 3, 4, 5, 6}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_resumed_at_an_epochs_end_equals_uninterrupted(dtype, few, tmp_path):
+    settings = loop.Settings(**SETTINGS, dtype=dtype)
+    whole = loop.Run(settings, few, tmp_path / "whole")
+    whole.train()
+
+    class Stop(Exception):
+        pass
+
+    def stop(epoch, done, total, loss, rate):
+        if epoch == 1 and done > total // 2:  # in the middle of the second epoch
+            raise Stop
+
+    broken = loop.Run(settings, few, tmp_path / "broken")
+    with pytest.raises(Stop):
+        broken.train(stop)
+    torch.manual_seed(999)
+    resumed = loop.Run(settings, few, tmp_path / "broken")
+    resumed.resume()
+    assert len(resumed.epochs) == 1
+    resumed.train()
+    assert torch.equal(weights(whole), weights(resumed))
+    for ours, theirs in zip(whole.epochs, resumed.epochs, strict=True):
+        assert (ours.epoch, ours.loss, ours.accuracy) == (theirs.epoch, theirs.loss, theirs.accuracy)
+
+
+def test_same_seed_same_weights_other_seed_others(few, tmp_path):
+    results = []
+    for seed in (0, 0, 1):
+        run = loop.Run(loop.Settings(**SETTINGS | dict(epochs=1), seed=seed), few, tmp_path)
+        run.train()
+        results.append(weights(run))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_stock_layers_train_alike(few, tmp_path):
+    losses = []
+    for fused in (True, False):
+        run = loop.Run(loop.Settings(**SETTINGS, fused=fused), few, tmp_path)
+        run.train()
+        losses.append(run.epochs[0].loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_files_of_a_run(few, tmp_path):
+    run = loop.Run(loop.Settings(**SETTINGS), few, tmp_path)
+    run.train()
+    rows = list(csv.DictReader(open(tmp_path / "metrics.csv")))
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
+    assert float(rows[-1]["loss"]) == run.epochs[-1].loss
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.size[0] > 600 and len(image.getcolors(1 << 20)) > 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint.pt",
+        "curves.png",
+        "metrics.csv",
+    ]
+
+
+def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save({"a": torch.ones(3)}, path)
+
+    def crash(state, file):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", crash)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save({"a": torch.zeros(3)}, path)
+    assert torch.equal(torch.load(path)["a"], torch.ones(3))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_learning_rate_warms_up_and_ends_near_zero(few, tmp_path):
+    run = loop.Run(loop.Settings(**SETTINGS | dict(epochs=20, lr=1.0)), few, tmp_path)
+    rates = [run._learning_rate(epoch / 10) for epoch in range(201)]
+    assert rates[0] == 0.01 and max(rates) == rates[20] == 1.0 and rates[200] < 1e-9
+    assert rates[20:] == sorted(rates[20:], reverse=True)
+
+
+def test_metrics_are_rewritten_not_appended(tmp_path):
+    epoch = report.Epoch(1, 0.1, 2.0, 0.5, 100.0)
+    for _ in range(2):
+        report.write_metrics([epoch], tmp_path / "metrics.csv")
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 2
+
+
+def test_folder_of_images(folder_of_images):
+    images = data.image_folder(folder_of_images, 32)
+    assert images.classes == ["cat", "dog"] and len(images.train) == 16 and len(images.test) == 4
+    assert not {path for path, _ in images.train.files} & {path for path, _ in images.test.files}
+    image, label = images.train[0]
+    assert image.shape == (3, 32, 32) and label in (0, 1)
+    assert torch.equal(images.test[1][0], images.test[1][0]), "held-out images are not augmented"
+    for part in ("train", "val"):
+        (folder_of_images / part).mkdir()
+        for name in ("cat", "dog"):
+            target = folder_of_images / part / name
+            target.mkdir()
+            for path in list((folder_of_images / name).iterdir())[: 4 if part == "val" else 6]:
+                path.rename(target / path.name)
+    images = data.image_folder(folder_of_images, 32)
+    assert (len(images.train), len(images.test)) == (12, 8)
+
+
+def test_trains_on_a_folder_of_images(folder_of_images, tmp_path, capsys):
+    arguments = (
+        f"train --data {folder_of_images} --image-size 32 --epochs 1 --batch-size 8 --out {tmp_path}/run"
+    )
+    assert cli.main(arguments.split()) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("held-out accuracy ")
+
+
+BAD = {
+    "--arch resnet5": "there is no such model; did you mean resnet50?",
+    "--arch resnet18": "give --data",
+    "--data /nowhere": "--data /nowhere: there is no such folder",
+    "--epochs 0": "--epochs 0: expected 1 or more",
+    "--batch-size 1": "--batch-size 1: expected 2 or more",
+    "--lr nan": "--lr nan: expected a number above 0",
+    "--resume": "there is no",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_arguments_get_one_sentence(arguments, tmp_path, capsys):
+    assert cli.main(["train", *arguments.split(), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert BAD[arguments] in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_broken_image_is_named(folder_of_images, tmp_path, capsys):
+    for path in folder_of_images.rglob("*.png"):
+        path.write_bytes(b"not a PNG")
+    assert (
+        cli.main(["train", "--data", str(folder_of_images), "--image-size", "32", "--out", str(tmp_path)])
+        == 2
+    )
+    assert ".png is no image that can be read" in capsys.readouterr().err
+
+
+def test_checkpoint_of_another_run_is_refused(few, tmp_path):
+    loop.Run(loop.Settings(**SETTINGS | dict(epochs=1)), few, tmp_path).train()
+    other = loop.Run(loop.Settings(**SETTINGS | dict(epochs=1, arch="cifar_plain20")), few, tmp_path)
+    with pytest.raises(
+        loop.ResumeError, match="trained with arch cifar_resnet20, this run has cifar_plain20"
+    ):
+        other.resume()
+    (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
+    with pytest.raises(loop.ResumeError, match="is no checkpoint"):
+        other.resume()
+
+
+def test_interrupted_by_the_keyboard(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastres", "train", "--epochs", "1000", "--out", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "checkpoint.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, error
+    assert "interrupted; --resume" in error and "Traceback" not in error
+    assert set(torch.load(tmp_path / "checkpoint.pt")) >= {"model", "optimizer", "random", "epochs"}
+
+
+def test_a_short_run_recognises_most_held_out_digits(tmp_path, capsys):
+    assert cli.main(f"train --epochs 4 --out {tmp_path}".split()) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("held-out accuracy ") and float(last.split()[-1]) > 0.9
+
+
+def test_subset_of_test_images_gives_the_same_accuracy_in_any_batch(few, tmp_path):
+    run = loop.Run(loop.Settings(**SETTINGS), few, tmp_path)
+    whole = run.evaluate() * len(few.test)
+    parts = 0.0
+    held_out = few.test
+    for start in range(0, len(held_out), 7):
+        run.data = data.Data(
+            few.train, Subset(held_out, range(start, min(start + 7, len(held_out)))), few.classes, 1, ""
+        )
+        parts += run.evaluate() * len(run.data.test)
+    assert parts == pytest.approx(whole)
