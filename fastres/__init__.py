@@ -1,9 +1,22 @@
 """ResNets for PyTorch with convolution, batch norm, ReLU and the residual addition fused."""
 
-from fastres import models, nn, ops
-from fastres._C import build_info
-from fastres.explain import explain
-from fastres.fuse import fuse, unfuse
+from importlib import import_module
 
-__version__ = build_info()["version"]
-__all__ = ["explain", "fuse", "models", "nn", "ops", "unfuse"]
+import torch  # noqa: F401  _C finds its libraries loaded
+
+try:
+    _C = import_module("fastres._C")
+except ImportError as _error:  # `fastres doctor` runs all the same, to say what is wrong
+    _reason = str(_error)
+
+    def __getattr__(name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError(f"fastres: {_reason}; `fastres doctor` tells what to do")
+else:
+    from fastres import models, nn, ops
+    from fastres.explain import explain
+    from fastres.fuse import fuse, unfuse
+
+    __version__ = _C.build_info()["version"]
+    __all__ = ["explain", "fuse", "models", "nn", "ops", "unfuse"]

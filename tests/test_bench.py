@@ -1,0 +1,205 @@
+"""`fastres bench`: what it measures, says and writes. No test asks for a speed."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import fastres.nn
+from fastres import bench, sites, timing
+
+SMALL = [
+    "--model",
+    "cifar_resnet20",
+    "--batch",
+    "2",
+    "--image-size",
+    "16",
+    "--repeat",
+    "2",
+    "--threads",
+    "1",
+]
+
+
+def arguments(*words):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return parser.parse_args([*SMALL, *words])
+
+
+def run(*words):
+    return bench.run(arguments(*words))
+
+
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_writes_what_it_measured(mode, tmp_path, capsys):
+    path = tmp_path / "out.json"
+    assert run("--mode", mode, "--dtype", "bf16", "--breakdown", "--json", str(path)) == 0
+    result = json.loads(path.read_text())
+    fused, eager = (result["variants"][name]["seconds_by_round"] for name in ("fused", "eager"))
+    assert len(fused) == len(eager) == 2 and min(*fused, *eager) > 0
+    speedup = result["speedup"]["eager"]
+    assert speedup["by_round"] == [e / f for e, f in zip(eager, fused, strict=True)]
+    assert speedup["low"] <= speedup["median"] <= speedup["high"]
+    assert result["machine"]["torch"] == torch.__version__ and result["machine"]["threads"] == 1
+    assert result["settings"]["dtype"] == "bf16" and result["unfused"] == {}
+    assert list(tmp_path.iterdir()) == [path]  # no temporary file is left
+    printed = capsys.readouterr().out
+    assert f"{speedup['median']:.2f}x" in printed and result["machine"]["cpu"] in printed
+    for variant in result["variants"].values():
+        seconds = variant["breakdown"]["seconds"]
+        assert min(seconds["convolution"], seconds["linear"], seconds["the rest"]) > 0
+        assert (seconds["optimizer"] > 0) == (mode == "train")
+        assert ("saved_bytes" in variant["breakdown"]) == (mode == "train")
+
+
+def test_compares_with_torch_compile(monkeypatch, tmp_path):
+    compiled = []
+
+    def compile(model):
+        compiled.append(model)
+        return torch._dynamo.optimize("eager")(model)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    path = tmp_path / "out.json"
+    assert run("--against", "compile,eager", "--json", str(path)) == 0
+    assert list(json.loads(path.read_text())["variants"]) == ["fused", "compile", "eager"]
+    assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("name, fused", [("fused", True), ("eager", False)])
+def test_variants_run_what_their_names_say(name, fused):
+    with sites.record() as records:
+        bench.Variant(name, arguments()).step()
+    assert records and {record.fused for record in records} == {fused}
+
+
+def test_stock_layers_are_the_modules_themselves():
+    bn, stock = nn.BatchNorm2d(3), fastres.nn.BnAddReLU2d(3)
+    x = torch.randn(2, 3, 5, 5)
+    expected = torch.relu(bn(x) + x)
+    with sites.stock(), sites.record() as records:
+        assert torch.equal(stock(x, x), expected)
+    assert [(record.fused, record.reason) for record in records] == [
+        (False, (None, "stock layers were asked for"))
+    ]
+    assert torch.equal(stock.running_var, bn.running_var) and stock.num_batches_tracked == 1
+    assert sites.why_not(bn) is None
+
+
+def test_compiled_code_heeds_a_change_to_stock_layers():
+    fused = []
+
+    def backend(module, _):
+        fused.append(any("fastres" in str(node.target) for node in module.graph.nodes))
+        return module
+
+    compiled = torch.compile(fastres.nn.ConvBnReLU2d(3, 4, 3), fullgraph=True, backend=backend)
+    x = torch.randn(2, 3, 5, 5)
+    with sites.stock():
+        compiled(x)
+    compiled(x)
+    with sites.stock():
+        compiled(x)
+    assert fused == [False, True]
+
+
+def test_variants_begin_with_the_same_weights_and_batch():
+    fused, eager = (bench.Variant(name, arguments("--contiguous")) for name in ("fused", "eager"))
+    for ours, theirs in zip(fused.model.parameters(), eager.model.parameters(), strict=True):
+        assert ours is not theirs and torch.equal(ours, theirs)
+    assert torch.equal(fused.images, eager.images) and fused.images.is_contiguous()
+
+
+def test_saved_bytes_counts_each_storage_once_and_no_parameter():
+    variant = bench.Variant("eager", arguments())
+    # Saved by the linear layers: images, hidden and the second one's weight, which does not count; by cross
+    # entropy: log_softmax, labels and their total weight.
+    variant.model = variant.forward = nn.Sequential(
+        nn.Flatten(), nn.Linear(3 * 16 * 16, 10), nn.Linear(10, 10)
+    )
+    batch, classes = 2, 10
+    images = batch * 3 * 16 * 16 * 4  # channels_last, so that Flatten copies it
+    hidden = log_softmax = batch * classes * 4
+    labels, weight_sum = batch * 8, 4
+    assert variant.saved_bytes() == images + hidden + log_softmax + labels + weight_sum
+
+
+def test_tells_why_sites_of_the_fused_model_ran_stock(capsys, monkeypatch):
+    get_model = bench.models.get_model
+
+    def hooked(name):
+        model = get_model(name)
+        model.bn1.register_forward_hook(lambda *_: None)
+        return model
+
+    monkeypatch.setattr(bench.models, "get_model", hooked)
+    assert run() == 0
+    assert "1 sites of the fused model ran stock: a forward hook is set" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--model", "resnet5"], "--model resnet5: there is no such model; did you mean resnet50?"),
+        (["--batch", "0"], "--batch 0: expected 1 or more"),
+        (["--image-size", "-3"], "--image-size -3: expected 1 or more"),
+        (["--repeat", "0"], "--repeat 0: expected 1 or more"),
+        (["--threads", "0"], "--threads 0: expected 1 or more"),
+        (["--against", "eager,jit"], "--against 'eager,jit': expected eager, compile or eager,compile"),
+        (["--against", ""], "--against '': expected eager, compile or eager,compile"),
+        (["--json", "no/such/folder/out.json"], "--json no/such/folder/out.json: cannot write there"),
+        (
+            ["--batch", "1", "--image-size", "1"],
+            "fused cannot run these settings: Expected more than 1 value",
+        ),
+    ],
+)
+def test_bad_arguments_get_one_sentence(words, message, capsys):
+    assert run(*words) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"fastres bench: {message}") and printed.err.count("\n") == 1
+    assert printed.out == ""
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "out.json"
+    path.write_text("old")
+    monkeypatch.setattr(bench.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(bench.BenchError, match="No space left"):
+        bench._write({}, path)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_restores_the_number_of_threads():
+    before = torch.get_num_threads()
+    assert run("--batch", "0", "--threads", str(before + 1)) == 2
+    assert torch.get_num_threads() == before
+
+
+def test_variants_take_turns(monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now))
+    calls = []
+
+    def variant(name, seconds):
+        def call():
+            calls.append(name)
+            for _ in range(seconds):
+                next(now)
+
+        return call
+
+    variants = {"fast": variant("fast", 1), "slow": variant("slow", 5)}
+    seconds = timing.interleave(variants, rounds=3, device=torch.device("cpu"))
+    assert calls == ["fast", "slow"] * 3
+    assert seconds == {"fast": [2, 2, 2], "slow": [6, 6, 6]}
+    assert timing.ratios(seconds, "slow", "fast") == [3, 3, 3]
+
+
+def test_spread_is_median_and_quartiles():
+    assert timing.Spread.of([5.0, 1.0, 2.0, 3.0, 4.0]) == timing.Spread(3.0, 2.0, 4.0)
+    assert timing.Spread.of([7.0]) == timing.Spread(7.0, 7.0, 7.0)
