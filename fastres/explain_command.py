@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--model",
         default="resnet50",
-        help="one of fastres.models; or package.module:function or path.py:function, whose model is fused first "
-        "(default: %(default)s)",
+        help="one of fastres.models; or package.module:function or path.py:function, whose model is fused "
+        "first (default: %(default)s)",
     )
     add("--batch", type=int, default=2, help="(default: %(default)s)")
     add("--image-size", type=int, default=64, help="(default: %(default)s)")

@@ -278,7 +278,12 @@ def conv_bn_relu(
     if activation not in ("relu", None):
         raise ValueError(f"fastres::conv_bn_relu: activation is {activation!r}, expected 'relu' or None")
     relu = activation == "relu"
-    if not training and running_mean is not None and running_var is not None and _pays_folding(input, weight):
+    if (
+        not training
+        and running_mean is not None
+        and running_var is not None
+        and _pays_folding(input, weight)
+    ):
         learned = (input, weight, conv_bias, bn_weight, bn_bias, residual)
         if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned)):
             folded_weight, folded_bias = composed.fold_batch_norm(
@@ -306,8 +311,8 @@ def conv_bn_relu(
 
 
 def _pays_folding(input: Tensor, weight: Tensor) -> bool:
-    # Low-precision weights are not folded: rounding them once more would cost more digits than stock loses. And
-    # folding passes over the weights, at each call, where normalising passes over the output.
+    # Low-precision weights are not folded: rounding them once more would cost more digits than stock loses.
+    # And folding passes over the weights, at each call, where normalising passes over the output.
     return weight.dtype in (torch.float32, torch.float64) and input.numel() > 2 * weight.numel()
 
 

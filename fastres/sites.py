@@ -131,6 +131,12 @@ def _why_not_input(module: nn.Module, input: Tensor, dims: tuple[int, ...]) -> R
     return None
 
 
+def _why_not_channels(conv: nn.Conv2d, input: Tensor) -> Reason | None:
+    # Left to the convolution, which refuses it before the batch norm counts the batch.
+    channels = input.size(1)
+    return None if channels == conv.in_channels else (conv, f"the input has {channels} channels")
+
+
 # ---------------------------------------------------------------------------------------------------------
 # sites
 
@@ -161,6 +167,7 @@ def conv_bn_act(
         or _why_not(bn, _BN_AFTER_CONV)
         or (None if act is None else _why_not(act, _ACT))
         or _why_not_input(conv, input, (4,))
+        or _why_not_channels(conv, input)
         or _why_no_site()
     )
     if _records is not None:
@@ -168,7 +175,7 @@ def conv_bn_act(
     if reason is not None:
         return _activate(act, _add(bn(conv(input)), residual), relu)
     running_mean, running_var, training, momentum = _statistics(bn)
-    output = ops.conv_bn_relu(
+    return ops.conv_bn_relu(
         input,
         conv.weight,
         running_mean,
@@ -186,8 +193,6 @@ def conv_bn_act(
         eps=bn.eps,
         activation="relu" if relu else None,
     )
-    _count_batch(bn)
-    return output
 
 
 def bn_act(
@@ -251,13 +256,10 @@ def _fused_bn_act(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None, re
     running_mean, running_var, training, momentum = _statistics(bn)
     arguments = (running_mean, running_var, bn.weight, bn.bias, training, momentum, bn.eps)
     if not relu:
-        output = _add(ops.batch_norm(input, *arguments), residual)
-    elif residual is None:
-        output = ops.bn_relu(input, *arguments)
-    else:
-        output = ops.bn_add_relu(input, residual, *arguments)
-    _count_batch(bn)
-    return output
+        return _add(ops.batch_norm(input, *arguments), residual)
+    if residual is None:
+        return ops.bn_relu(input, *arguments)
+    return ops.bn_add_relu(input, residual, *arguments)
 
 
 def _append_record(op, modules, residual, relu, reason) -> None:
@@ -281,19 +283,19 @@ def _activate(act: nn.Module | None, output: Tensor, relu: bool) -> Tensor:
 
 
 def _statistics(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, bool, float]:
-    """running_mean, running_var, training and momentum, as bn(input) would give them to F.batch_norm."""
+    """running_mean, running_var, training and momentum, as bn(input) would give them to F.batch_norm.
+
+    Counts the batch, as bn(input) does before that call: activation checkpointing, which ends a second
+    forward within its last op, then counts as it does in stock PyTorch.
+    """
     momentum = 0.0 if bn.momentum is None else bn.momentum
     if not bn.training:
         running_mean, running_var = bn.running_mean, bn.running_var
         return running_mean, running_var, running_mean is None and running_var is None, momentum
     if not bn.track_running_stats:
         return None, None, True, momentum
-    if bn.momentum is None and bn.num_batches_tracked is not None:  # the cumulative average
-        momentum = 1.0 / (float(bn.num_batches_tracked) + 1.0)
-    return bn.running_mean, bn.running_var, True, momentum
-
-
-def _count_batch(bn: nn.BatchNorm2d) -> None:
-    """To be called after the op, so that a batch that it refused is not counted."""
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+    if bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:  # the cumulative average
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    return bn.running_mean, bn.running_var, True, momentum

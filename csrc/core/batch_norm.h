@@ -7,8 +7,8 @@
 
 namespace fastres {
 
-// A dense activation tensor seen as batch x channels x pixels. Channels last: memory is [batch*pixels][channels].
-// Contiguous: memory is [batch][channels][pixels].
+// A dense activation tensor seen as batch x channels x pixels. Channels last: memory is
+// [batch*pixels][channels]. Contiguous: memory is [batch][channels][pixels].
 struct Activation {
     int64_t batch, channels, pixels;
     bool channels_last;
@@ -33,11 +33,11 @@ struct BnForward {
     const void* input;
     const void* residual;  // null: no addition
     void* output;
-    ChannelVector weight, bias;                  // null: 1 and 0
-    ChannelVector running_mean, running_var;     // read in evaluation, updated in training, null: neither
-    void* save_mean;                             // [channels], double on the CPU, float on CUDA
-    void* save_rstd;                             // [channels], the same
-    bool training;                               // statistics of the batch, else the running ones
+    ChannelVector weight, bias;               // null: 1 and 0
+    ChannelVector running_mean, running_var;  // read in evaluation, updated in training, null: neither
+    void* save_mean;                          // [channels], double on the CPU, float on CUDA
+    void* save_rstd;                          // [channels], the same
+    bool training;                            // statistics of the batch, else the running ones
     bool relu;
     double momentum, eps;
 };
@@ -47,7 +47,8 @@ struct BnBackward {
     Activation shape;
     const void* grad;
     const void* input;
-    const void* output;   // z, for the mask where a residual was added; null: the mask is recomputed from input
+    const void*
+        output;  // z, for the mask where a residual was added; null: the mask is recomputed from input
     ChannelVector weight, bias;
     const void* save_mean;
     const void* save_rstd;

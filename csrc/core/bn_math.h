@@ -4,9 +4,9 @@
 //     z  = act((y - mean) * scale + shift [+ residual])       scale = gamma * rstd,  shift = beta
 //     g  = dz * [z > 0]
 //     dy = scale * (g - sum(g)/M - (y - mean) * rstd * dgamma/M)
-// y is centred before it is scaled. The textbook form y*a + b with b = beta - mean*a loses |mean|/std digits
-// to cancellation; the subtraction costs one instruction in loops that wait for memory.
-// Reference: Ioffe and Szegedy 2015 (arXiv:1502.03167), section 3; Chan, Golub and LeVeque 1979 for the merge.
+// y is centred before it is scaled. The textbook form y*a + b with b = beta - mean*a loses |mean|/std
+// digits to cancellation; the subtraction costs one instruction in loops that wait for memory. Reference:
+// Ioffe and Szegedy 2015 (arXiv:1502.03167), section 3; Chan, Golub and LeVeque 1979 for the merge.
 #pragma once
 
 #include <cmath>
@@ -17,7 +17,8 @@
 #if defined(__CUDACC__)
 #define FASTRES_INLINE __host__ __device__ __forceinline__
 #else
-// Internal linkage: the same header is compiled for several instruction sets, and the linker must not mix them.
+// Internal linkage: the same header is compiled for several instruction sets, and the linker must not mix
+// them.
 #define FASTRES_INLINE static inline __attribute__((always_inline))
 #endif
 
@@ -73,18 +74,19 @@ struct BackwardCoefficients {
     Real scale, mean_grad, slope, dgamma, dbeta;
 };
 
-// sum_grad = sum(g), dot = sum(g * (y - mean)). In evaluation mean and rstd are constants and dy = scale * g.
+// sum_grad = sum(g), dot = sum(g * (y - mean)). In evaluation mean and rstd are constants and dy = scale *
+// g.
 template <class Real>
-FASTRES_INLINE BackwardCoefficients<Real> backward_coefficients(Real gamma, Real rstd, Real sum_grad, Real dot,
-                                                               Real count, bool training) {
+FASTRES_INLINE BackwardCoefficients<Real> backward_coefficients(Real gamma, Real rstd, Real sum_grad,
+                                                                Real dot, Real count, bool training) {
     const Real dgamma = dot * rstd;
     if (!training) return {gamma * rstd, Real(0), Real(0), dgamma, sum_grad};
     return {gamma * rstd, sum_grad / count, dgamma * rstd / count, dgamma, sum_grad};
 }
 
-// The largest value that rounds to zero when stored. What the forward pass stored as zero was not passed on by
-// ReLU, so a mask recomputed in the backward pass calls it zero as well: half of the smallest subnormal (the tie
-// rounds to even, that is to zero).
+// The largest value that rounds to zero when stored. What the forward pass stored as zero was not passed on
+// by ReLU, so a mask recomputed in the backward pass calls it zero as well: half of the smallest subnormal
+// (the tie rounds to even, that is to zero).
 FASTRES_INLINE constexpr float largest_stored_as_zero(Dtype dtype) {
     return dtype == Dtype::bf16 ? 0x1p-134f : dtype == Dtype::f16 ? 0x1p-25f : 0.0f;
 }

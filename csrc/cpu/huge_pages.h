@@ -1,8 +1,8 @@
 // Large fresh outputs on 2 MiB pages.
 //
-// A large allocation comes from the kernel page by page, zeroed at its first touch: with 4 KiB pages that costs
-// several times what the fused kernels themselves do with the memory. Where the system offers transparent huge
-// pages on request ("madvise", the usual setting), asking for them is one system call.
+// A large allocation comes from the kernel page by page, zeroed at its first touch: with 4 KiB pages that
+// costs several times what the fused kernels themselves do with the memory. Where the system offers
+// transparent huge pages on request ("madvise", the usual setting), asking for them is one system call.
 #pragma once
 
 #include <cstdint>

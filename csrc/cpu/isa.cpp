@@ -10,7 +10,8 @@ namespace {
 std::vector<const Kernels*> available_kernels() {
     std::vector<const Kernels*> available{scalar_kernels()};
 #if defined(__x86_64__)
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (avx2_kernels() && avx2) available.push_back(avx2_kernels());
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -25,7 +26,8 @@ const Kernels* find(const std::string& isa) {
     std::string choices;
     for (const Kernels* candidate : available_kernels())
         choices += (choices.empty() ? "" : ", ") + std::string(candidate->isa);
-    throw std::invalid_argument("FASTRES_CPU_ISA: '" + isa + "' cannot run on this machine, which has: " + choices);
+    throw std::invalid_argument("FASTRES_CPU_ISA: '" + isa +
+                                "' cannot run on this machine, which has: " + choices);
 }
 
 std::atomic<const Kernels*>& current() {
@@ -44,8 +46,12 @@ std::vector<std::string> available_isas() {
     return names;
 }
 
-const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
+const Kernels& kernels() {
+    return *current().load(std::memory_order_relaxed);
+}
 
-void select_isa(const std::string& isa) { current().store(find(isa), std::memory_order_relaxed); }
+void select_isa(const std::string& isa) {
+    current().store(find(isa), std::memory_order_relaxed);
+}
 
 }  // namespace fastres::cpu

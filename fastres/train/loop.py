@@ -147,7 +147,7 @@ class Run:
         return report.Epoch(epoch + 1, lr, loss_sum.item() / done, correct.item() / done, rate)
 
     def _batches(self, total: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """An epoch's batches in a random order, but for a last one of a single image, which no batch norm takes."""
+        """An epoch's batches in a random order; none of a single image, which no batch norm takes."""
         size = self.settings.batch_size
         order = torch.randperm(total)
         if total % size == 1:
