@@ -7,6 +7,7 @@ for, and runs those modules themselves where they cannot be fused (fastres.sites
 from collections.abc import Callable
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastres import sites
 
@@ -95,6 +96,8 @@ class ConvBn2d(nn.Sequential):
         return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
 
     def forward(self, input: Tensor) -> Tensor:
+        if len(self) != 2:  # someone appended to the nn.Sequential that this is
+            return super().forward(input)
         conv, bn = self
         return sites.conv_bn_act(conv, bn, None, input, relu=False)
 
@@ -106,6 +109,8 @@ class ConvBnReLU2d(ConvBn2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if len(self) != 2:  # someone appended to the nn.Sequential that this is
+            return F.relu(nn.Sequential.forward(self, input))
         conv, bn = self
         return sites.conv_bn_act(conv, bn, None, input, relu=True)
 

@@ -157,9 +157,11 @@ def test_folder_of_images(folder_of_images):
     images = data.image_folder(folder_of_images, 32)
     assert images.classes == ["cat", "dog"] and len(images.train) == 16 and len(images.test) == 4
     assert not {path for path, _ in images.train.files} & {path for path, _ in images.test.files}
-    image, label = images.train[0]
+    image, label = images.train[0, 7]
     assert image.shape == (3, 32, 32) and label in (0, 1)
     assert torch.equal(images.test[1][0], images.test[1][0]), "held-out images are not augmented"
+    crops = [images.train[0, seed][0] for seed in (7, 7, 8, 9)]
+    assert torch.equal(crops[0], crops[1]) and not all(torch.equal(crops[0], crop) for crop in crops[2:])
     for part in ("train", "val"):
         (folder_of_images / part).mkdir()
         for name in ("cat", "dog"):
@@ -186,6 +188,7 @@ BAD = {
     "--epochs 0": "--epochs 0: expected 1 or more",
     "--batch-size 1": "--batch-size 1: expected 2 or more",
     "--lr nan": "--lr nan: expected a number above 0",
+    "--device tpu9": "--device tpu9 cannot be used: ",
     "--resume": "there is no",
 }
 
@@ -198,14 +201,57 @@ def test_bad_arguments_get_one_sentence(arguments, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_broken_image_is_named(folder_of_images, tmp_path, capsys):
-    for path in folder_of_images.rglob("*.png"):
-        path.write_bytes(b"not a PNG")
-    assert (
-        cli.main(["train", "--data", str(folder_of_images), "--image-size", "32", "--out", str(tmp_path)])
-        == 2
-    )
-    assert ".png is no image that can be read" in capsys.readouterr().err
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("damage", ["cut short", "no header", "empty"])
+def test_broken_image_is_named(damage, workers, folder_of_images, tmp_path, capsys):
+    path = folder_of_images / "cat" / "3.png"
+    whole = path.read_bytes()
+    path.write_bytes({"cut short": whole[: len(whole) // 2], "no header": whole[9:], "empty": b""}[damage])
+    arguments = f"train --data {folder_of_images} --workers {workers} --epochs 1 --out {tmp_path}/run"
+    assert cli.main(arguments.split()) == 2
+    error = capsys.readouterr().err
+    assert f"{path} is no image that can be read" in error and len(error.splitlines()) == 1
+
+
+def test_weights_do_not_depend_on_the_number_of_workers(folder_of_images, tmp_path):
+    results = []
+    for workers in (0, 1, 2):
+        settings = loop.Settings(**SETTINGS | dict(epochs=1, batch_size=4), workers=workers)
+        run = loop.Run(settings, data.image_folder(folder_of_images, 32), tmp_path / "run")
+        run.train()
+        results.append(weights(run))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_interrupted_in_the_first_epoch_it_can_be_resumed(few, tmp_path):
+    settings = loop.Settings(**SETTINGS | dict(epochs=1))
+    whole = loop.Run(settings, few, tmp_path / "whole")
+    whole.train()
+
+    def interrupt(epoch, done, total, loss, rate):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.Run(settings, few, tmp_path / "broken").train(interrupt)
+    torch.manual_seed(999)
+    resumed = loop.Run(settings, few, tmp_path / "broken")
+    resumed.resume()
+    resumed.train()
+    assert torch.equal(weights(whole), weights(resumed))
+
+
+@pytest.mark.parametrize("content", [{"a": 1}, [1, 2], {"settings": {}}])
+def test_other_files_of_torch_save_are_no_checkpoint(content, few, tmp_path):
+    torch.save(content, tmp_path / "checkpoint.pt")
+    run = loop.Run(loop.Settings(**SETTINGS), few, tmp_path)
+    with pytest.raises(loop.ResumeError, match="is no checkpoint of fastres train"):
+        run.resume()
+
+
+def test_out_that_is_a_file_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(f"train --out {tmp_path}/file/run".split()) == 2
+    assert "is a file, not a folder" in capsys.readouterr().err
 
 
 def test_checkpoint_of_another_run_is_refused(few, tmp_path):
@@ -216,7 +262,7 @@ def test_checkpoint_of_another_run_is_refused(few, tmp_path):
     ):
         other.resume()
     (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
-    with pytest.raises(loop.ResumeError, match="is no checkpoint"):
+    with pytest.raises(loop.ResumeError, match="is damaged or no checkpoint"):
         other.resume()
 
 

@@ -25,7 +25,8 @@ struct Range {
 // Part `index` of 0..total cut into `parts`, cuts on multiples of `grain`.
 Range part(int64_t total, int64_t parts, int64_t index, int64_t grain = 1) {
     const int64_t grains = (total + grain - 1) / grain;
-    return {std::min(total, grains * index / parts * grain), std::min(total, grains * (index + 1) / parts * grain)};
+    return {std::min(total, grains * index / parts * grain),
+            std::min(total, grains * (index + 1) / parts * grain)};
 }
 
 int64_t tasks_for(int64_t elements, int64_t splittable, const ThreadPool& pool) {
@@ -43,8 +44,8 @@ void* at(void* base, int64_t element, Dtype dtype) {
 // Twice what the private caches of a few cores hold.
 constexpr int64_t kStreamingBytes = int64_t{4} << 20;
 
-// Outputs that no cache will hold are written past the caches: it saves the read that a plain store begins with.
-// A streaming store takes whole aligned vectors, so that every row must begin on one.
+// Outputs that no cache will hold are written past the caches: it saves the read that a plain store begins
+// with. A streaming store takes whole aligned vectors, so that every row must begin on one.
 bool streams(const Activation& shape, const void* output) {
     constexpr int64_t alignment = 64;
     return shape.bytes() >= kStreamingBytes && reinterpret_cast<uintptr_t>(output) % alignment == 0 &&
@@ -71,8 +72,8 @@ void visit_planes(const Activation& shape, int64_t channel, const Visit& visit) 
         visit(Piece{(n * shape.channels + channel) * shape.pixels, shape.pixels, 1, channel});
 }
 
-// The forward map z = (y - mean) * scale + shift, one entry a channel, each rounded once from double. What the mean
-// loses there is given back through the shift.
+// The forward map z = (y - mean) * scale + shift, one entry a channel, each rounded once from double. What
+// the mean loses there is given back through the shift.
 template <class Real>
 struct ForwardCoefficients {
     explicit ForwardCoefficients(int64_t channels) : mean(channels), scale(channels), shift(channels) {}
@@ -152,10 +153,11 @@ class Forward {
     }
 
     void apply(const Piece& piece, bool stream) const {
-        loops().apply({at(args_.input, piece.element, shape_.dtype), at(args_.residual, piece.element, shape_.dtype),
-                       at(args_.output, piece.element, shape_.dtype), piece.rows, piece.channels,
-                       coefficients_.mean.data() + piece.channel, coefficients_.scale.data() + piece.channel,
-                       coefficients_.shift.data() + piece.channel, args_.relu, stream});
+        loops().apply(
+            {at(args_.input, piece.element, shape_.dtype), at(args_.residual, piece.element, shape_.dtype),
+             at(args_.output, piece.element, shape_.dtype), piece.rows, piece.channels,
+             coefficients_.mean.data() + piece.channel, coefficients_.scale.data() + piece.channel,
+             coefficients_.shift.data() + piece.channel, args_.relu, stream});
     }
 
     void take_batch_statistics(int64_t c, const Moments<double>& moments) {
@@ -164,12 +166,14 @@ class Forward {
                   bn_math::running_update(read(args_.running_mean, c, 0), moments.mean, args_.momentum));
         if (args_.running_var)
             write(args_.running_var, c,
-                  bn_math::running_update(read(args_.running_var, c, 1), bn_math::unbiased_variance(moments),
-                                          args_.momentum));
+                  bn_math::running_update(read(args_.running_var, c, 1),
+                                          bn_math::unbiased_variance(moments), args_.momentum));
         take(c, moments.mean, moments.m2 / moments.count);
     }
 
-    void take_running_statistics(int64_t c) { take(c, read(args_.running_mean, c, 0), read(args_.running_var, c, 1)); }
+    void take_running_statistics(int64_t c) {
+        take(c, read(args_.running_mean, c, 0), read(args_.running_var, c, 1));
+    }
 
     void take(int64_t c, double mean, double variance) {
         const double rstd = bn_math::reciprocal_std(variance, args_.eps);
@@ -193,7 +197,9 @@ class Backward {
           pool_(pool),
           mean_(static_cast<const double*>(args.save_mean)),
           rstd_(static_cast<const double*>(args.save_rstd)),
-          mask_(!args.relu ? Mask::none : args.output ? Mask::from_output : Mask::recomputed),
+          mask_(!args.relu    ? Mask::none
+                : args.output ? Mask::from_output
+                              : Mask::recomputed),
           forward_(args.shape.channels),
           mean_grad_(args.shape.channels),
           slope_(args.shape.channels) {
@@ -221,7 +227,8 @@ class Backward {
         std::vector<double> partial(2 * tasks * channels, 0.0);  // [task][sum_grad | dot][channel]
         pool_.for_each(tasks, [&](int64_t task) {
             double* sums = partial.data() + 2 * task * channels;
-            visit_rows(shape_, tasks, task, [&](const Piece& piece) { reduce(piece, sums, sums + channels); });
+            visit_rows(shape_, tasks, task,
+                       [&](const Piece& piece) { reduce(piece, sums, sums + channels); });
         });
         for (int64_t c = 0; c < channels; ++c) {
             double sum_grad = 0, dot = 0;
@@ -253,19 +260,21 @@ class Backward {
     }
 
     void reduce(const Piece& piece, double* sum_grad, double* dot) const {
-        loops().reduce({at(args_.grad, piece.element, shape_.dtype), at(args_.input, piece.element, shape_.dtype),
-                        at(args_.output, piece.element, shape_.dtype),
-                        at(args_.grad_residual, piece.element, shape_.dtype),
-                        args_.training ? nullptr : at(args_.grad_input, piece.element, shape_.dtype), piece.rows,
-                        piece.channels, forward_.mean.data() + piece.channel, forward_.scale.data() + piece.channel,
-                        forward_.shift.data() + piece.channel, mask_, sum_grad, dot});
+        loops().reduce(
+            {at(args_.grad, piece.element, shape_.dtype), at(args_.input, piece.element, shape_.dtype),
+             at(args_.output, piece.element, shape_.dtype),
+             at(args_.grad_residual, piece.element, shape_.dtype),
+             args_.training ? nullptr : at(args_.grad_input, piece.element, shape_.dtype), piece.rows,
+             piece.channels, forward_.mean.data() + piece.channel, forward_.scale.data() + piece.channel,
+             forward_.shift.data() + piece.channel, mask_, sum_grad, dot});
     }
 
     void input_grad(const Piece& piece, bool stream) const {
         // Where the masked gradient was written for the residual, it is read from there.
         const void* grad = args_.grad_residual ? args_.grad_residual : args_.grad;
         const Mask mask = args_.grad_residual ? Mask::none : mask_;
-        loops().input_grad({at(grad, piece.element, shape_.dtype), at(args_.input, piece.element, shape_.dtype),
+        loops().input_grad({at(grad, piece.element, shape_.dtype),
+                            at(args_.input, piece.element, shape_.dtype),
                             at(args_.grad_input, piece.element, shape_.dtype), piece.rows, piece.channels,
                             forward_.mean.data() + piece.channel, forward_.scale.data() + piece.channel,
                             forward_.shift.data() + piece.channel, mean_grad_.data() + piece.channel,
@@ -275,9 +284,9 @@ class Backward {
     void take_sums(int64_t c, double sum_grad, double dot) {
         // The loops take deviations from the rounded mean.
         const double rounding = mean_[c] - forward_.mean[c];
-        const auto k = bn_math::backward_coefficients<double>(read(args_.weight, c, 1), rstd_[c], sum_grad,
-                                                              dot - rounding * sum_grad,
-                                                              static_cast<double>(shape_.rows()), args_.training);
+        const auto k = bn_math::backward_coefficients<double>(
+            read(args_.weight, c, 1), rstd_[c], sum_grad, dot - rounding * sum_grad,
+            static_cast<double>(shape_.rows()), args_.training);
         mean_grad_[c] = static_cast<Real>(k.mean_grad - rounding * k.slope);
         slope_[c] = static_cast<Real>(k.slope);
         static_cast<Real*>(args_.grad_weight)[c] = static_cast<Real>(k.dgamma);

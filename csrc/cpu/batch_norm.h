@@ -1,8 +1,8 @@
 // Fused batch normalisation on the CPU: splits the work between threads, merges their statistics.
 //
-// Channels last: the rows are split, statistics are merged in the order of the tasks. Contiguous: the channels
-// are split, and a channel's second pass finds it in the cache. Results depend on the number of threads, never on
-// their timing.
+// Channels last: the rows are split, statistics are merged in the order of the tasks. Contiguous: the
+// channels are split, and a channel's second pass finds it in the cache. Results depend on the number of
+// threads, never on their timing.
 #pragma once
 
 #include "core/batch_norm.h"

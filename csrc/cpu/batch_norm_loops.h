@@ -1,8 +1,8 @@
 // Batch normalisation's loops over one piece: moments, apply, reduce, input gradient.
 //
-// Memory traffic is the bound, so each loop reads every operand once and front to back. Sums are taken in Real
-// over eight values, as a tree, and then added to doubles: as accurate as double throughout, at an eighth of its
-// conversions.
+// Memory traffic is the bound, so each loop reads every operand once and front to back. Sums are taken in
+// Real over eight values, as a tree, and then added to doubles: as accurate as double throughout, at an
+// eighth of its conversions.
 #pragma once
 
 #include "core/bn_math.h"
@@ -17,8 +17,9 @@ inline constexpr int kApplyUnroll = 4;
 // A piece's sums live on the stack, for so many channels at once; more channels are handled in blocks. 256
 // channels keep the sums in the L1 cache and every row's share of a block at 512 bytes or more.
 inline constexpr int64_t kChannelBlock = 256;
-// Moments are taken about the mean so far, which is renewed each so many values a channel; the first so many are
-// summed twice, first to find their mean. So neither an outlier at the start nor a mean far from zero costs digits.
+// Moments are taken about the mean so far, which is renewed each so many values a channel; the first so
+// many are summed twice, first to find their mean. So neither an outlier at the start nor a mean far from
+// zero costs digits.
 inline constexpr int64_t kMomentsWindow = 128;
 
 template <class Lane, int n>
@@ -47,7 +48,8 @@ FASTRES_ALWAYS void add_to(double* sums, Lane value) {
     }
 }
 
-// Adds sum(a * b): what is left over of a tree, where rounding errors have no others to average with, in double.
+// Adds sum(a * b): what is left over of a tree, where rounding errors have no others to average with, in
+// double.
 template <class Lane, int n>
 FASTRES_ALWAYS void add_products_to(double* sums, const Lane (&a)[n], const Lane (&b)[n]) {
     if constexpr (n > 1) {
@@ -99,7 +101,8 @@ FASTRES_ALWAYS void shifted_sums(const T* input, int64_t rows, int64_t row_strid
         });
 }
 
-// Where moments are taken about. An infinity in the input must reach the mean as itself, so never about that.
+// Where moments are taken about. An infinity in the input must reach the mean as itself, so never about
+// that.
 template <class Real>
 FASTRES_ALWAYS Real finite_or_zero(Real value) {
     return value - value == 0 ? value : Real(0);
@@ -111,7 +114,8 @@ void moments_rows(const MomentsPiece& piece) {
     alignas(64) Real shift[kChannelBlock];
     alignas(64) double sum[kChannelBlock], sum_of_squares[kChannelBlock];
     for (int64_t first = 0; first < piece.channels; first += kChannelBlock) {
-        const int64_t channels = piece.channels - first < kChannelBlock ? piece.channels - first : kChannelBlock;
+        const int64_t channels =
+            piece.channels - first < kChannelBlock ? piece.channels - first : kChannelBlock;
         const T* input = static_cast<const T*>(piece.input) + first;
         bn_math::Moments<double>* moments = piece.moments + first;
         for (int64_t row = 0; row < piece.rows; row += kMomentsWindow) {
@@ -132,8 +136,8 @@ void moments_rows(const MomentsPiece& piece) {
             }
             for (int64_t c = 0; c < channels; ++c)
                 moments[c] = bn_math::merge(
-                    moments[c], bn_math::from_shifted_sums<double>(static_cast<double>(rows), shift[c], sum[c],
-                                                                   sum_of_squares[c]));
+                    moments[c], bn_math::from_shifted_sums<double>(static_cast<double>(rows), shift[c],
+                                                                   sum[c], sum_of_squares[c]));
         }
     }
 }
@@ -274,9 +278,11 @@ void reduce(const ReducePiece& piece) {
             case Mask::none:
                 return reduce_loop<T, Order, Mask::none, store_masked.value, store_grad_input.value>(piece);
             case Mask::from_output:
-                return reduce_loop<T, Order, Mask::from_output, store_masked.value, store_grad_input.value>(piece);
+                return reduce_loop<T, Order, Mask::from_output, store_masked.value, store_grad_input.value>(
+                    piece);
             case Mask::recomputed:
-                return reduce_loop<T, Order, Mask::recomputed, store_masked.value, store_grad_input.value>(piece);
+                return reduce_loop<T, Order, Mask::recomputed, store_masked.value, store_grad_input.value>(
+                    piece);
         }
     };
     if (piece.masked_grad) return piece.grad_input ? with_mask(True{}, True{}) : with_mask(True{}, False{});
@@ -315,7 +321,8 @@ FASTRES_ALWAYS void input_grad_loop(const InputGradPiece& piece) {
                 __builtin_prefetch(grad + at + S::unroll * stride);
                 const Lane deviation = load_as<Lane>(input + at) - center;
                 Lane g = load_as<Lane>(grad + at);
-                if constexpr (recompute_mask) g = zero_where_not_above(deviation * gain + bias, threshold, g);
+                if constexpr (recompute_mask)
+                    g = zero_where_not_above(deviation * gain + bias, threshold, g);
                 store_as<stream>(grad_input + at, gain * (g - average - deviation * tilt));
             }
         });

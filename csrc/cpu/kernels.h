@@ -1,8 +1,8 @@
 // The inner loops that exist once per instruction set, as a table of function pointers.
 //
-// Each loop handles a piece that one thread owns; cpu/batch_norm.cpp splits the work and merges the pieces. A
-// piece is either *rows* of a channels-last tensor, [rows][channels] with one coefficient a channel, or one
-// *plane* of a contiguous tensor: `rows` pixels of a single channel (channels is then 1).
+// Each loop handles a piece that one thread owns; cpu/batch_norm.cpp splits the work and merges the pieces.
+// A piece is either *rows* of a channels-last tensor, [rows][channels] with one coefficient a channel, or
+// one *plane* of a contiguous tensor: `rows` pixels of a single channel (channels is then 1).
 #pragma once
 
 #include <cstdint>
@@ -36,14 +36,14 @@ enum class Mask : int { none = 0, from_output = 1, recomputed = 2 };
 struct ReducePiece {  // g = mask(grad);  sum_grad += sum(g);  dot += sum(g * (input - mean))
     const void* grad;
     const void* input;
-    const void* output;   // for Mask::from_output
-    void* masked_grad;    // g is written here, or null
-    void* grad_input;     // scale * g is written here (gradient in evaluation), or null
+    const void* output;  // for Mask::from_output
+    void* masked_grad;   // g is written here, or null
+    void* grad_input;    // scale * g is written here (gradient in evaluation), or null
     int64_t rows, channels;
     const void *mean, *scale, *shift;
     Mask mask;
-    double* sum_grad;     // [channels]
-    double* dot;          // [channels]
+    double* sum_grad;  // [channels]
+    double* dot;       // [channels]
 };
 
 struct InputGradPiece {  // grad_input = scale * (mask(grad) - mean_grad - (input - mean) * slope)

@@ -1,8 +1,8 @@
 // The order in which a piece's elements are visited, shared by all of its loops.
 //
-// A body handles `unroll` lanes at offset, offset + step, ...: neighbouring rows of one channel vector where the
-// piece is channels-last (coefficients and sums are touched once for all of them), or neighbouring vectors of a
-// plane.
+// A body handles `unroll` lanes at offset, offset + step, ...: neighbouring rows of one channel vector
+// where the piece is channels-last (coefficients and sums are touched once for all of them), or
+// neighbouring vectors of a plane.
 #pragma once
 
 #include "cpu/vec.h"

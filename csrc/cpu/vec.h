@@ -1,10 +1,12 @@
-// Vectors of the width that this translation unit is compiled for, and their loads and stores from storage types.
+// Vectors of the width that this translation unit is compiled for, and their loads and stores from storage
+// types.
 //
-// Arithmetic is the compiler's (GCC and Clang vector extensions): one source gives SSE2 or NEON, AVX2 and AVX-512.
-// Only what the language has no word for is intrinsics: half-precision conversion and streaming stores.
+// Arithmetic is the compiler's (GCC and Clang vector extensions): one source gives SSE2 or NEON, AVX2 and
+// AVX-512. Only what the language has no word for is intrinsics: half-precision conversion and streaming
+// stores.
 //
-// FASTRES_ISA names the unit (scalar, avx2, avx512) and its namespace, so that the linker never mixes code that
-// was compiled for different instruction sets; for the same reason nothing here uses std:: templates.
+// FASTRES_ISA names the unit (scalar, avx2, avx512) and its namespace, so that the linker never mixes code
+// that was compiled for different instruction sets; for the same reason nothing here uses std:: templates.
 #pragma once
 
 #include <cstdint>
@@ -91,9 +93,15 @@ FASTRES_ALWAYS uint32_t float_to_bits(float value) {
     return bits;
 }
 
-FASTRES_ALWAYS float to_real(float value) { return value; }
-FASTRES_ALWAYS double to_real(double value) { return value; }
-FASTRES_ALWAYS float to_real(bf16 value) { return bits_to_float(static_cast<uint32_t>(value.bits) << 16); }
+FASTRES_ALWAYS float to_real(float value) {
+    return value;
+}
+FASTRES_ALWAYS double to_real(double value) {
+    return value;
+}
+FASTRES_ALWAYS float to_real(bf16 value) {
+    return bits_to_float(static_cast<uint32_t>(value.bits) << 16);
+}
 FASTRES_ALWAYS float to_real(f16 value) {
     const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
     const uint32_t magnitude = value.bits & 0x7fff;
@@ -102,8 +110,12 @@ FASTRES_ALWAYS float to_real(f16 value) {
     return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
 }
 
-FASTRES_ALWAYS void from_real(float value, float& out) { out = value; }
-FASTRES_ALWAYS void from_real(double value, double& out) { out = value; }
+FASTRES_ALWAYS void from_real(float value, float& out) {
+    out = value;
+}
+FASTRES_ALWAYS void from_real(double value, double& out) {
+    out = value;
+}
 FASTRES_ALWAYS void from_real(float value, bf16& out) {
     const uint32_t bits = float_to_bits(value);
     const bool nan = value != value;
@@ -118,7 +130,7 @@ FASTRES_ALWAYS void from_real(float value, f16& out) {
         half = 0x7e00;
     } else if (magnitude >= 0x477ff000) {  // 65520 and above round to infinity
         half = 0x7c00;
-    } else if (magnitude < 0x38800000) {   // below 2^-14: adding 1/2 leaves the subnormal's bits at the end
+    } else if (magnitude < 0x38800000) {  // below 2^-14: adding 1/2 leaves the subnormal's bits at the end
         half = static_cast<uint16_t>(float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000);
     } else {
         half = static_cast<uint16_t>((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
@@ -150,9 +162,11 @@ FASTRES_ALWAYS Vec<float> load(const bf16* p) {
 }
 FASTRES_ALWAYS Vec<float> load(const f16* p) {
 #if defined(__AVX512F__)
-    return reinterpret_cast<Vec<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+    return reinterpret_cast<Vec<float>>(
+        _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__F16C__)
-    return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    return reinterpret_cast<Vec<float>>(
+        _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
     Vec<float> v;
     for (int i = 0; i < kLanes<float>; ++i) v[i] = to_real(p[i]);
@@ -218,8 +232,12 @@ FASTRES_ALWAYS Vec<Real> broadcast(Real value) {
     return Vec<Real>{} + value;
 }
 
-FASTRES_ALWAYS WideVec<float> widen(Vec<float> v) { return __builtin_convertvector(v, WideVec<float>); }
-FASTRES_ALWAYS WideVec<double> widen(Vec<double> v) { return v; }
+FASTRES_ALWAYS WideVec<float> widen(Vec<float> v) {
+    return __builtin_convertvector(v, WideVec<float>);
+}
+FASTRES_ALWAYS WideVec<double> widen(Vec<double> v) {
+    return v;
+}
 
 // ---------------------------------------------------------------------------------------------------------
 // A kernel's loop body is written once over a "lane type": Vec<Real> for the bulk and Real for the tail.

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=int, default=30, help="(default: %(default)s)")
     add("--batch-size", type=int, default=64, help="(default: %(default)s)")
     add("--lr", type=float, default=0.1, help="peak learning rate (default: %(default)s)")
-    add("--image-size", type=int, default=224, help="side of the images of --data (default: %(default)s)")
+    add("--image-size", type=int, help="side of the images of --data (default: 32 for cifar_*, else 224)")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast (default: %(default)s)")
     add(
         "--device",
@@ -44,7 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         settings = _settings(arguments)
         data = (
-            digits() if arguments.data is None else image_folder(Path(arguments.data), arguments.image_size)
+            digits()
+            if arguments.data is None
+            else image_folder(Path(arguments.data), _image_size(arguments))
         )
         training = Run(settings, data, arguments.out)
         if arguments.resume:
@@ -74,17 +76,34 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(models.list_models())}"
         raise DataError(f"--arch {arguments.arch}: there is no such model{hint}")
     for name, least in (("epochs", 1), ("batch_size", 2), ("image_size", 32), ("workers", 0)):
-        if getattr(arguments, name) < least:
+        value = getattr(arguments, name)
+        if value is not None and value < least:
             option = "--" + name.replace("_", "-")
-            raise DataError(f"{option} {getattr(arguments, name)}: expected {least} or more")
+            raise DataError(f"{option} {value}: expected {least} or more")
     if not 0 < arguments.lr < float("inf"):
         raise DataError(f"--lr {arguments.lr}: expected a number above 0")
     if arguments.arch.startswith("cifar_") is False and arguments.data is None:
         raise DataError(
             f"--arch {arguments.arch} takes images of three channels: give --data, a folder of images"
         )
+    _check_device(arguments.device)
+    existing = next(path for path in (arguments.out, *arguments.out.parents) if path.exists())
+    if not existing.is_dir():
+        raise DataError(f"--out {arguments.out}: {existing} is a file, not a folder")
     names = ("arch", "epochs", "batch_size", "lr", "dtype", "seed", "fused", "device", "workers")
     return Settings(**{name: getattr(arguments, name) for name in names})
+
+
+def _image_size(arguments: argparse.Namespace) -> int:
+    return arguments.image_size or (32 if arguments.arch.startswith("cifar_") else 224)
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"--device {name} cannot be used: {reason}") from error
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """Images to train on: scikit-learn's digits, or a folder with one folder of images a class."""
 
+import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
 
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -55,42 +57,45 @@ class ImageFolder(Dataset):
     Args:
         files: (path, label) pairs.
         size: side of the square that is returned.
-        augment: random crop and flip instead of the centre.
+
+    An index gives the image's centre. (index, seed) gives a random crop, flipped or not, which depends on
+    the seed alone and so not on the worker that reads the image.
     """
 
     MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
-    def __init__(self, files: list[tuple[Path, int]], size: int, augment: bool) -> None:
-        self.files, self.size, self.augment = files, size, augment
+    def __init__(self, files: list[tuple[Path, int]], size: int) -> None:
+        self.files, self.size = files, size
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, int]:
+        index, seed = index if isinstance(index, tuple) else (index, None)
         path, label = self.files[index]
-        return self._read(path), label
+        return self._read(path, None if seed is None else torch.Generator().manual_seed(seed)), label
 
-    def _read(self, path: Path) -> Tensor:
+    def _read(self, path: Path, augmentation: torch.Generator | None) -> Tensor:
         import numpy
         from PIL import Image
 
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
-        except OSError as error:
+        except Exception as error:  # Pillow's decoders raise whatever the broken bytes lead them to
             raise DataError(f"{path} is no image that can be read: {error}") from error
         shorter = round(self.size * 256 / 224)
         scale = shorter / min(image.size)
         width, height = (max(self.size, round(side * scale)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
-        if self.augment:
-            left = int(torch.randint(width - self.size + 1, ()))
-            top = int(torch.randint(height - self.size + 1, ()))
+        if augmentation is not None:
+            left = int(torch.randint(width - self.size + 1, (), generator=augmentation))
+            top = int(torch.randint(height - self.size + 1, (), generator=augmentation))
         else:
             left, top = (width - self.size) // 2, (height - self.size) // 2
         image = image.crop((left, top, left + self.size, top + self.size))
         pixels = torch.from_numpy(numpy.array(image)).permute(2, 0, 1).float() / 255
-        if self.augment and torch.rand(()) < 0.5:
+        if augmentation is not None and torch.rand((), generator=augmentation) < 0.5:
             pixels = pixels.flip(2)
         return (pixels - torch.tensor(self.MEAN).view(3, 1, 1)) / torch.tensor(self.STD).view(3, 1, 1)
 
@@ -121,12 +126,58 @@ def image_folder(root: Path, size: int) -> Data:
             test += [members[i] for i in order[:count]]
             train += [members[i] for i in order[count:]]
     return Data(
-        ImageFolder(train, size, augment=True),
-        ImageFolder(test, size, augment=False),
+        ImageFolder(train, size),
+        ImageFolder(test, size),
         classes,
         3,
         str(root),
     )
+
+
+def batches_of(
+    dataset: Dataset, batch_size: int, workers: int, sampler: Sampler | list | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of images and labels.
+
+    Raises:
+        DataError: an image is broken; the same error with workers as without.
+    """
+    # A worker's exception would arrive as a text that holds its traceback: so it is handed over as a value.
+    loader = DataLoader(
+        _Guarded(dataset),
+        batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=_leave_signals_to_the_parent,
+    )
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+class _Guarded(Dataset):
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        try:
+            return self.dataset[index]
+        except DataError as error:
+            return error
+
+
+def _collate(samples: list):
+    return next((s for s in samples if isinstance(s, DataError)), None) or default_collate(samples)
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C goes to every process of the terminal; the parent ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _files(root: Path) -> tuple[list[tuple[Path, int]], list[str]]:

@@ -12,11 +12,11 @@ import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from fastres import models, sites
 from fastres.train import checkpoint, report
-from fastres.train.data import Data, shifted
+from fastres.train.data import Data, batches_of, shifted
 
 
 class ResumeError(ValueError):
@@ -53,6 +53,8 @@ Progress = Callable[[int, int, int, float, float], None]
 
 # What may differ between a run and its continuation.
 _FREE = {"workers", "device"}
+
+_KEYS = {"settings", "model", "optimizer", "epochs", "random"}
 
 
 class Run:
@@ -91,11 +93,15 @@ class Run:
         try:
             state = torch.load(self.checkpoint_path, map_location=self.settings.device, weights_only=True)
         except Exception as error:
-            raise ResumeError(f"--resume: {self.checkpoint_path} is no checkpoint: {error}") from error
+            # Not torch's own message, which tells to load the file with weights_only=False.
+            raise ResumeError(f"--resume: {self.checkpoint_path} is damaged or no checkpoint") from error
+        if not isinstance(state, dict) or not state.keys() >= _KEYS:
+            raise ResumeError(f"--resume: {self.checkpoint_path} is no checkpoint of fastres train")
         for name, value in asdict(self.settings).items():
-            if name not in _FREE and state["settings"][name] != value:
+            theirs = state["settings"].get(name)
+            if name not in _FREE and theirs != value:
                 raise ResumeError(
-                    f"--resume: {self.checkpoint_path} was trained with {name} {state['settings'][name]}, "
+                    f"--resume: {self.checkpoint_path} was trained with {name} {theirs}, "
                     f"this run has {value}"
                 )
         self.model.load_state_dict(state["model"])
@@ -106,11 +112,16 @@ class Run:
     def train(self, progress: Progress | None = None) -> None:
         """Train the epochs that are left, leaving a checkpoint, metrics.csv and curves.png after each."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.epochs:  # so that a run that is interrupted in its first epoch can be resumed as well
+            self._save_checkpoint()
         for epoch in range(len(self.epochs), self.settings.epochs):
             self.epochs.append(self._train_epoch(epoch, progress))
-            self._save()
+            self._save_checkpoint()
+            report.write_metrics(self.epochs, self.folder / "metrics.csv")
+            title = f"{self.settings.arch} on {self.data.description}"
+            report.draw_curves(self.epochs, title, self.folder / "curves.png")
 
-    def _save(self) -> None:
+    def _save_checkpoint(self) -> None:
         state = {
             "settings": asdict(self.settings),
             "model": self.model.state_dict(),
@@ -119,9 +130,6 @@ class Run:
             "random": checkpoint.random_states(),
         }
         checkpoint.save(state, self.checkpoint_path)
-        report.write_metrics(self.epochs, self.folder / "metrics.csv")
-        title = f"{self.settings.arch} on {self.data.description}"
-        report.draw_curves(self.epochs, title, self.folder / "curves.png")
 
     def _train_epoch(self, epoch: int, progress: Progress | None) -> report.Epoch:
         self.model.train()
@@ -158,15 +166,9 @@ class Run:
             for part in order.split(size):
                 yield self._to_device(shifted(images[part], augmentation), labels[part])
         else:
-            generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
-            loader = DataLoader(
-                self.data.train,
-                size,
-                sampler=order.tolist(),
-                num_workers=self.settings.workers,
-                generator=generator,
-            )
-            for images, labels in loader:
+            seeds = torch.randint(2**31, (len(order),))
+            sampler = list(zip(order.tolist(), seeds.tolist(), strict=True))
+            for images, labels in batches_of(self.data.train, size, self.settings.workers, sampler):
                 yield self._to_device(images, labels)
 
     def evaluate(self) -> float:
@@ -174,7 +176,7 @@ class Run:
         self.model.eval()
         correct = 0
         with torch.inference_mode(), self._autocast(), self._layers():
-            for images, labels in DataLoader(self.data.test, 256, num_workers=self.settings.workers):
+            for images, labels in batches_of(self.data.test, 256, self.settings.workers):
                 images, labels = self._to_device(images, labels)
                 correct += (self.model(images).argmax(1) == labels).sum().item()
         return correct / len(self.data.test)
