@@ -7,25 +7,23 @@
 
 namespace fastres::cpu::FASTRES_ISA {
 
-inline constexpr int kElementwiseUnroll = 4;
-
 template <class T, bool stream>
 FASTRES_ALWAYS void add_relu_loop(const AddReluPiece& piece) {
     const T* input = static_cast<const T*>(piece.input);
     const T* other = static_cast<const T*>(piece.other);
     T* output = static_cast<T*>(piece.output);
-    Plane::sweep<RealOf<T>, kElementwiseUnroll>(
-        piece.numel, 0, 1,
-        [&](auto step, int64_t offset, int64_t stride, int64_t) __attribute__((always_inline)) {
-            using S = decltype(step);
-            using Lane = typename S::Lane;
+    Plane::sweep<RealOf<T>>(piece.numel, 1,
+                            [&](auto step, int64_t offset, int64_t stride, int64_t) FASTRES_INLINE_BODY {
+                                using S = decltype(step);
+                                using Lane = typename S::Lane;
+                                Lane z[S::unroll];
 #pragma GCC unroll 4
-            for (int i = 0; i < S::unroll; ++i) {
-                const int64_t at = offset + i * stride;
-                const Lane sum = load_as<Lane>(input + at) + load_as<Lane>(other + at);
-                store_as<stream>(output + at, sum < Lane{} ? Lane{} : sum);
-            }
-        });
+                                for (int i = 0; i < S::unroll; ++i) {
+                                    const int64_t at = offset + i * stride;
+                                    z[i] = relu(load_as<Lane>(input + at) + load_as<Lane>(other + at));
+                                }
+                                store_lanes<Plane, stream>(output + offset, stride, z);
+                            });
     if constexpr (stream) fence();
 }
 
@@ -34,18 +32,19 @@ FASTRES_ALWAYS void add_relu_grad_loop(const AddReluGradPiece& piece) {
     const T* grad = static_cast<const T*>(piece.grad);
     const T* output = static_cast<const T*>(piece.output);
     T* grad_input = static_cast<T*>(piece.grad_input);
-    Plane::sweep<RealOf<T>, kElementwiseUnroll>(
-        piece.numel, 0, 1,
-        [&](auto step, int64_t offset, int64_t stride, int64_t) __attribute__((always_inline)) {
-            using S = decltype(step);
-            using Lane = typename S::Lane;
+    Plane::sweep<RealOf<T>>(piece.numel, 1,
+                            [&](auto step, int64_t offset, int64_t stride, int64_t) FASTRES_INLINE_BODY {
+                                using S = decltype(step);
+                                using Lane = typename S::Lane;
+                                Lane g[S::unroll];
 #pragma GCC unroll 4
-            for (int i = 0; i < S::unroll; ++i) {
-                const int64_t at = offset + i * stride;
-                const Lane z = load_as<Lane>(output + at);
-                store_as<stream>(grad_input + at, z <= Lane{} ? Lane{} : load_as<Lane>(grad + at));
-            }
-        });
+                                for (int i = 0; i < S::unroll; ++i) {
+                                    const int64_t at = offset + i * stride;
+                                    g[i] = zero_where_not_above(load_as<Lane>(output + at), RealOf<T>(0),
+                                                                load_as<Lane>(grad + at));
+                                }
+                                store_lanes<Plane, stream>(grad_input + offset, stride, g);
+                            });
     if constexpr (stream) fence();
 }
 

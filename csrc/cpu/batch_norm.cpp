@@ -1,12 +1,13 @@
 #include "cpu/batch_norm.h"
 
 #include <algorithm>
-#include <cstring>
-#include <memory>
+#include <cmath>
 #include <vector>
 
 #include "core/bn_math.h"
+#include "cpu/aligned_vector.h"
 #include "cpu/channel_vector.h"
+#include "cpu/cut.h"
 #include "cpu/isa.h"
 
 namespace fastres::cpu {
@@ -14,25 +15,16 @@ namespace {
 
 using bn_math::Moments;
 
-// Below so many elements a task is not worth its own thread (PyTorch's grain size for element-wise loops).
-constexpr int64_t kElementsPerTask = 32768;
+// Moments are taken about the mean of all rows before, over kWindowGrowth times as many rows: a mean far
+// from zero costs no digits, and where the mean changes, the change is itself so much of the variance that
+// the digits which it costs do not count. The first kFirstRows are taken twice: about their first value, to
+// learn their mean, and about that.
+constexpr int64_t kFirstRows = 16;
+constexpr int64_t kWindowGrowth = 8;
 
-struct Range {
-    int64_t begin, end;
-    int64_t size() const { return end - begin; }
-};
-
-// Part `index` of 0..total cut into `parts`, cuts on multiples of `grain`.
-Range part(int64_t total, int64_t parts, int64_t index, int64_t grain = 1) {
-    const int64_t grains = (total + grain - 1) / grain;
-    return {std::min(total, grains * index / parts * grain),
-            std::min(total, grains * (index + 1) / parts * grain)};
-}
-
-int64_t tasks_for(int64_t elements, int64_t splittable, const ThreadPool& pool) {
-    const int64_t worthwhile = std::max<int64_t>(1, elements / kElementsPerTask);
-    return std::max<int64_t>(1, std::min({pool.threads(), worthwhile, splittable}));
-}
+// Half of a usual last-level cache. What is larger would not be there when the next layer reads it, and is
+// written past the caches: it saves the read that a plain store begins with.
+constexpr int64_t kStreamingBytes = int64_t{4} << 20;
 
 const void* at(const void* base, int64_t element, Dtype dtype) {
     return base ? static_cast<const char*>(base) + element * size_of(dtype) : nullptr;
@@ -41,42 +33,67 @@ void* at(void* base, int64_t element, Dtype dtype) {
     return base ? static_cast<char*>(base) + element * size_of(dtype) : nullptr;
 }
 
-// Twice what the private caches of a few cores hold.
-constexpr int64_t kStreamingBytes = int64_t{4} << 20;
-
-// Outputs that no cache will hold are written past the caches: it saves the read that a plain store begins
-// with. A streaming store takes whole aligned vectors, so that every row must begin on one.
-bool streams(const Activation& shape, const void* output) {
+// A streaming store takes whole aligned vectors, so that every row must begin on one.
+bool streams(const void* output, int64_t bytes, int64_t row_bytes) {
     constexpr int64_t alignment = 64;
-    return shape.bytes() >= kStreamingBytes && reinterpret_cast<uintptr_t>(output) % alignment == 0 &&
-           shape.channels_last && shape.channels * size_of(shape.dtype) % alignment == 0;
+    return bytes >= kStreamingBytes && reinterpret_cast<uintptr_t>(output) % alignment == 0 &&
+           row_bytes % alignment == 0;
+}
+bool streams(const void* output, const Activation& shape) {
+    return shape.channels_last && streams(output, shape.bytes(), shape.channels * size_of(shape.dtype));
 }
 
-// The part of a tensor that one call of a loop handles: rows begin..end, or one plane.
-struct Piece {
-    int64_t element;   // offset of the first element
-    int64_t rows;      // rows or pixels
-    int64_t channels;  // all, or 1
-    int64_t channel;   // offset into the coefficients
+// values[i] = values[i - channels] beyond the first `channels`, for rows that are taken as one.
+template <class Values>
+void repeat(Values& values, int64_t channels) {
+    for (size_t i = channels; i < values.size(); ++i) values[i] = values[i - channels];
+}
+
+// The two sums that a pass takes, for one task.
+template <class Real>
+class Sums {
+  public:
+    explicit Sums(int64_t coefficients)
+        : first(coefficients),
+          second(coefficients),
+          partial_first_(coefficients),
+          partial_second_(coefficients) {}
+
+    AlignedVector<double> first, second;
+
+    PartialSums partial() { return {partial_first_.data(), partial_second_.data()}; }
+
+    void clear() {
+        std::fill(first.begin(), first.end(), 0.0);
+        std::fill(second.begin(), second.end(), 0.0);
+    }
+
+    // Adds up what belongs to the same channel.
+    void fold(int64_t channels) {
+        const int64_t coefficients = static_cast<int64_t>(first.size());
+        for (int64_t row = channels; row < coefficients; row += channels) {
+            for (int64_t c = 0; c < channels; ++c) {
+                first[c] += first[row + c];
+                second[c] += second[row + c];
+            }
+        }
+    }
+
+  private:
+    AlignedVector<Real> partial_first_, partial_second_;
 };
 
-// Calls visit(task, Piece) for the share of `task` out of `tasks`.
-template <class Visit>
-void visit_rows(const Activation& shape, int64_t tasks, int64_t task, const Visit& visit) {
-    const Range rows = part(shape.rows(), tasks, task, 8);
-    if (rows.size() > 0) visit(Piece{rows.begin * shape.channels, rows.size(), shape.channels, 0});
-}
-template <class Visit>
-void visit_planes(const Activation& shape, int64_t channel, const Visit& visit) {
-    for (int64_t n = 0; n < shape.batch; ++n)
-        visit(Piece{(n * shape.channels + channel) * shape.pixels, shape.pixels, 1, channel});
+// Up to here a channel's sums are taken in double from the first addition on. Float's errors in many values
+// average out; those of few would be up to twice PyTorch's, which sums all in double.
+bool few_values(const Activation& shape) {
+    return shape.rows() <= 128;
 }
 
 // The forward map z = (y - mean) * scale + shift, one entry a channel, each rounded once from double. What
 // the mean loses there is given back through the shift.
 template <class Real>
 struct ForwardCoefficients {
-    explicit ForwardCoefficients(int64_t channels) : mean(channels), scale(channels), shift(channels) {}
+    explicit ForwardCoefficients(int64_t count) : mean(count), scale(count), shift(count) {}
 
     void set(int64_t c, double exact_mean, double rstd, double weight, double bias) {
         mean[c] = static_cast<Real>(exact_mean);
@@ -84,14 +101,19 @@ struct ForwardCoefficients {
         shift[c] = static_cast<Real>(bias - (exact_mean - mean[c]) * scale[c]);
     }
 
-    std::vector<Real> mean, scale, shift;
+    AlignedVector<Real> mean, scale, shift;
 };
 
 template <class Real>
 class Forward {
   public:
     Forward(const BnForward& args, const ThreadPool& pool)
-        : args_(args), shape_(args.shape), pool_(pool), coefficients_(args.shape.channels) {}
+        : args_(args),
+          shape_(args.shape),
+          pool_(pool),
+          cut_(args.shape, pool),
+          coefficients_(cut_.coefficients()),
+          stream_(streams(args.output, args.shape)) {}
 
     void run() {
         if (shape_.channels_last) {
@@ -102,62 +124,106 @@ class Forward {
     }
 
   private:
-    const Kernels::Layout& loops() const {
-        const int dtype = static_cast<int>(shape_.dtype);
-        return shape_.channels_last ? kernels().rows[dtype] : kernels().plane[dtype];
-    }
+    struct Scratch {
+        explicit Scratch(int64_t coefficients) : shift(coefficients), sums(coefficients) {}
+        AlignedVector<Real> shift;
+        Sums<Real> sums;
+    };
 
     void run_rows() {
-        const int64_t tasks = tasks_for(shape_.numel(), shape_.rows(), pool_);
         const int64_t channels = shape_.channels;
         if (args_.training) {
-            std::vector<Moments<double>> partial(tasks * channels, Moments<double>{0, 0, 0});
-            pool_.for_each(tasks, [&](int64_t task) {
-                visit_rows(shape_, tasks, task,
-                           [&](const Piece& piece) { moments(piece, partial.data() + task * channels); });
+            std::vector<Moments<double>> moments(cut_.tasks() * channels, Moments<double>{0, 0, 0});
+            pool_.for_each(cut_.tasks(), [&](int64_t task) {
+                Scratch scratch(cut_.coefficients());
+                cut_.visit_shares(task, [&](const Share& share) {
+                    take_moments(share, scratch, moments.data() + task * channels);
+                });
             });
             for (int64_t c = 0; c < channels; ++c) {
-                Moments<double> total = partial[c];
-                for (int64_t task = 1; task < tasks; ++task)
-                    total = bn_math::merge(total, partial[task * channels + c]);
+                Moments<double> total = moments[c];
+                for (int64_t task = 1; task < cut_.tasks(); ++task)
+                    total = bn_math::merge(total, moments[task * channels + c]);
                 take_batch_statistics(c, total);
             }
         } else {
             for (int64_t c = 0; c < channels; ++c) take_running_statistics(c);
         }
-        const bool stream = streams(shape_, args_.output);
-        pool_.for_each(tasks, [&](int64_t task) {
-            visit_rows(shape_, tasks, task, [&](const Piece& piece) { apply(piece, stream); });
+        for (auto* values : {&coefficients_.mean, &coefficients_.scale, &coefficients_.shift})
+            repeat(*values, channels);
+        pool_.for_each(cut_.tasks(), [&](int64_t task) {
+            cut_.visit_shares(task, [&](const Share& share) { apply(share); });
         });
     }
 
     void run_planes() {
-        const int64_t tasks = tasks_for(shape_.numel(), shape_.channels, pool_);
-        pool_.for_each(tasks, [&](int64_t task) {
-            const Range channels = part(shape_.channels, tasks, task);
-            for (int64_t c = channels.begin; c < channels.end; ++c) {
+        pool_.for_each(cut_.tasks(), [&](int64_t task) {
+            Scratch scratch(cut_.share_coefficients());
+            std::vector<Moments<double>> moments(cut_.share_coefficients());
+            cut_.visit_shares(task, [&](const Share& share) {
+                const auto [begin, end] = share.channels;
                 if (args_.training) {
-                    Moments<double> total{0, 0, 0};
-                    visit_planes(shape_, c, [&](const Piece& piece) { moments(piece, &total); });
-                    take_batch_statistics(c, total);
+                    take_moments(share, scratch, moments.data());
+                    for (int64_t c = begin; c < end; ++c) take_batch_statistics(c, moments[c - begin]);
                 } else {
-                    take_running_statistics(c);
+                    for (int64_t c = begin; c < end; ++c) take_running_statistics(c);
                 }
-                visit_planes(shape_, c, [&](const Piece& piece) { apply(piece, false); });
-            }
+                apply(share);
+            });
         });
     }
 
-    void moments(const Piece& piece, Moments<double>* into) const {
-        loops().moments({at(args_.input, piece.element, shape_.dtype), piece.rows, piece.channels, into});
+    // The moments of a share, an entry for each of its channels.
+    void take_moments(const Share& share, Scratch& scratch, Moments<double>* moments) const {
+        const int64_t channels = share.channels.size();
+        const Share first{cut_.first_rows(share, kFirstRows), share.channels};
+        for (int64_t c = 0; c < channels; ++c) moments[c] = {0, first_value(share, c), 0};
+        merge_moments(first, scratch, moments);
+        for (int64_t c = 0; c < channels; ++c) moments[c].count = 0;
+        for (Range rows = first.rows; rows.size() > 0;) {
+            merge_moments(Share{rows, share.channels}, scratch, moments);
+            const int64_t before = rows.end - share.rows.begin;
+            rows = {rows.end, std::min(share.rows.end, rows.end + kWindowGrowth * before)};
+        }
     }
 
-    void apply(const Piece& piece, bool stream) const {
-        loops().apply(
-            {at(args_.input, piece.element, shape_.dtype), at(args_.residual, piece.element, shape_.dtype),
-             at(args_.output, piece.element, shape_.dtype), piece.rows, piece.channels,
-             coefficients_.mean.data() + piece.channel, coefficients_.scale.data() + piece.channel,
-             coefficients_.shift.data() + piece.channel, args_.relu, stream});
+    // Merges a share, taken about the means so far, into `moments`.
+    void merge_moments(const Share& share, Scratch& scratch, Moments<double>* moments) const {
+        const int64_t channels = share.channels.size();
+        const double count = static_cast<double>(share.rows.size());
+        Sums<Real>& sums = scratch.sums;
+        for (int64_t c = 0; c < channels; ++c)
+            scratch.shift[c] = static_cast<Real>(std::isfinite(moments[c].mean) ? moments[c].mean : 0);
+        if (shape_.channels_last) repeat(scratch.shift, channels);
+        sums.clear();
+        cut_.visit_pieces(share, [&](const Piece& piece) {
+            cut_.loops().shifted_sums({at(args_.input, piece.element, shape_.dtype), piece.rows,
+                                       piece.channels, shape_.pixels, scratch.shift.data(),
+                                       few_values(shape_), sums.partial(), sums.first.data(),
+                                       sums.second.data()});
+        });
+        if (shape_.channels_last) sums.fold(channels);
+        for (int64_t c = 0; c < channels; ++c)
+            moments[c] = bn_math::merge(
+                moments[c],
+                bn_math::from_shifted_sums<double>(count, scratch.shift[c], sums.first[c], sums.second[c]));
+    }
+
+    double first_value(const Share& share, int64_t c) const {
+        const int64_t element = shape_.channels_last ? share.rows.begin * shape_.channels + c
+                                                     : (share.channels.begin + c) * shape_.pixels;
+        return read({const_cast<void*>(at(args_.input, element, shape_.dtype)), shape_.dtype}, 0, 0);
+    }
+
+    void apply(const Share& share) const {
+        cut_.visit_pieces_backwards(share, [&](const Piece& piece) {
+            cut_.loops().apply({at(args_.input, piece.element, shape_.dtype),
+                                at(args_.residual, piece.element, shape_.dtype),
+                                at(args_.output, piece.element, shape_.dtype), piece.rows, piece.channels,
+                                shape_.pixels, coefficients_.mean.data() + share.channels.begin,
+                                coefficients_.scale.data() + share.channels.begin,
+                                coefficients_.shift.data() + share.channels.begin, args_.relu, stream_});
+        });
     }
 
     void take_batch_statistics(int64_t c, const Moments<double>& moments) {
@@ -185,7 +251,9 @@ class Forward {
     const BnForward& args_;
     const Activation& shape_;
     const ThreadPool& pool_;
+    const Cut cut_;
     ForwardCoefficients<Real> coefficients_;
+    const bool stream_;
 };
 
 template <class Real>
@@ -195,16 +263,20 @@ class Backward {
         : args_(args),
           shape_(args.shape),
           pool_(pool),
+          cut_(args.shape, pool),
           mean_(static_cast<const double*>(args.save_mean)),
           rstd_(static_cast<const double*>(args.save_rstd)),
           mask_(!args.relu    ? Mask::none
                 : args.output ? Mask::from_output
                               : Mask::recomputed),
-          forward_(args.shape.channels),
-          mean_grad_(args.shape.channels),
-          slope_(args.shape.channels) {
+          forward_(cut_.coefficients()),
+          mean_grad_(cut_.coefficients()),
+          slope_(cut_.coefficients()),
+          stream_(streams(args.grad_input, args.shape)) {
         for (int64_t c = 0; c < shape_.channels; ++c)
             forward_.set(c, mean_[c], rstd_[c], read(args_.weight, c, 1), read(args_.bias, c, 0));
+        for (auto* values : {&forward_.mean, &forward_.scale, &forward_.shift})
+            repeat(*values, shape_.channels);
     }
 
     void run() {
@@ -216,69 +288,67 @@ class Backward {
     }
 
   private:
-    const Kernels::Layout& loops() const {
-        const int dtype = static_cast<int>(shape_.dtype);
-        return shape_.channels_last ? kernels().rows[dtype] : kernels().plane[dtype];
-    }
-
     void run_rows() {
-        const int64_t tasks = tasks_for(shape_.numel(), shape_.rows(), pool_);
-        const int64_t channels = shape_.channels;
-        std::vector<double> partial(2 * tasks * channels, 0.0);  // [task][sum_grad | dot][channel]
-        pool_.for_each(tasks, [&](int64_t task) {
-            double* sums = partial.data() + 2 * task * channels;
-            visit_rows(shape_, tasks, task,
-                       [&](const Piece& piece) { reduce(piece, sums, sums + channels); });
+        std::vector<Sums<Real>> sums(cut_.tasks(), Sums<Real>(cut_.coefficients()));
+        pool_.for_each(cut_.tasks(), [&](int64_t task) {
+            cut_.visit_shares(task, [&](const Share& share) { reduce(share, sums[task]); });
+            sums[task].fold(shape_.channels);
         });
-        for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t c = 0; c < shape_.channels; ++c) {
             double sum_grad = 0, dot = 0;
-            for (int64_t task = 0; task < tasks; ++task) {
-                sum_grad += partial[2 * task * channels + c];
-                dot += partial[(2 * task + 1) * channels + c];
+            for (const Sums<Real>& of_task : sums) {
+                sum_grad += of_task.first[c];
+                dot += of_task.second[c];
             }
             take_sums(c, sum_grad, dot);
         }
         if (!args_.training) return;  // grad_input was written by reduce
-        const bool stream = streams(shape_, args_.grad_input);
-        pool_.for_each(tasks, [&](int64_t task) {
-            visit_rows(shape_, tasks, task, [&](const Piece& piece) { input_grad(piece, stream); });
+        for (auto* values : {&mean_grad_, &slope_}) repeat(*values, shape_.channels);
+        pool_.for_each(cut_.tasks(), [&](int64_t task) {
+            cut_.visit_shares(task, [&](const Share& share) { input_grad(share); });
         });
     }
 
     void run_planes() {
-        const int64_t tasks = tasks_for(shape_.numel(), shape_.channels, pool_);
-        pool_.for_each(tasks, [&](int64_t task) {
-            const Range channels = part(shape_.channels, tasks, task);
-            for (int64_t c = channels.begin; c < channels.end; ++c) {
-                double sum_grad = 0, dot = 0;
-                visit_planes(shape_, c, [&](const Piece& piece) { reduce(piece, &sum_grad, &dot); });
-                take_sums(c, sum_grad, dot);
-                if (args_.training)
-                    visit_planes(shape_, c, [&](const Piece& piece) { input_grad(piece, false); });
-            }
+        pool_.for_each(cut_.tasks(), [&](int64_t task) {
+            Sums<Real> sums(cut_.share_coefficients());
+            cut_.visit_shares(task, [&](const Share& share) {
+                const auto [begin, end] = share.channels;
+                sums.clear();
+                reduce(share, sums);
+                for (int64_t c = begin; c < end; ++c)
+                    take_sums(c, sums.first[c - begin], sums.second[c - begin]);
+                if (args_.training) input_grad(share);
+            });
         });
     }
 
-    void reduce(const Piece& piece, double* sum_grad, double* dot) const {
-        loops().reduce(
-            {at(args_.grad, piece.element, shape_.dtype), at(args_.input, piece.element, shape_.dtype),
-             at(args_.output, piece.element, shape_.dtype),
-             at(args_.grad_residual, piece.element, shape_.dtype),
-             args_.training ? nullptr : at(args_.grad_input, piece.element, shape_.dtype), piece.rows,
-             piece.channels, forward_.mean.data() + piece.channel, forward_.scale.data() + piece.channel,
-             forward_.shift.data() + piece.channel, mask_, sum_grad, dot});
+    void reduce(const Share& share, Sums<Real>& sums) const {
+        cut_.visit_pieces(share, [&](const Piece& piece) {
+            cut_.loops().reduce(
+                {at(args_.grad, piece.element, shape_.dtype), at(args_.input, piece.element, shape_.dtype),
+                 at(args_.output, piece.element, shape_.dtype),
+                 at(args_.grad_residual, piece.element, shape_.dtype),
+                 args_.training ? nullptr : at(args_.grad_input, piece.element, shape_.dtype), piece.rows,
+                 piece.channels, shape_.pixels, forward_.mean.data() + share.channels.begin,
+                 forward_.scale.data() + share.channels.begin, forward_.shift.data() + share.channels.begin,
+                 mask_, few_values(shape_), sums.partial(), sums.first.data(), sums.second.data()});
+        });
     }
 
-    void input_grad(const Piece& piece, bool stream) const {
+    void input_grad(const Share& share) const {
         // Where the masked gradient was written for the residual, it is read from there.
         const void* grad = args_.grad_residual ? args_.grad_residual : args_.grad;
         const Mask mask = args_.grad_residual ? Mask::none : mask_;
-        loops().input_grad({at(grad, piece.element, shape_.dtype),
-                            at(args_.input, piece.element, shape_.dtype),
-                            at(args_.grad_input, piece.element, shape_.dtype), piece.rows, piece.channels,
-                            forward_.mean.data() + piece.channel, forward_.scale.data() + piece.channel,
-                            forward_.shift.data() + piece.channel, mean_grad_.data() + piece.channel,
-                            slope_.data() + piece.channel, mask, stream});
+        cut_.visit_pieces_backwards(share, [&](const Piece& piece) {
+            cut_.loops().input_grad(
+                {at(grad, piece.element, shape_.dtype), at(args_.input, piece.element, shape_.dtype),
+                 at(args_.grad_input, piece.element, shape_.dtype), piece.rows, piece.channels,
+                 shape_.pixels, forward_.mean.data() + share.channels.begin,
+                 forward_.scale.data() + share.channels.begin, forward_.shift.data() + share.channels.begin,
+                 mean_grad_.data() + share.channels.begin, slope_.data() + share.channels.begin, mask,
+                 stream_});
+        });
     }
 
     void take_sums(int64_t c, double sum_grad, double dot) {
@@ -296,11 +366,13 @@ class Backward {
     const BnBackward& args_;
     const Activation& shape_;
     const ThreadPool& pool_;
+    const Cut cut_;
     const double* mean_;
     const double* rstd_;
     const Mask mask_;
     ForwardCoefficients<Real> forward_;
-    std::vector<Real> mean_grad_, slope_;
+    AlignedVector<Real> mean_grad_, slope_;
+    const bool stream_;
 };
 
 }  // namespace
@@ -317,25 +389,23 @@ void batch_norm_backward(const BnBackward& args, const ThreadPool& pool) {
 
 void add_relu(const AddRelu& args, const ThreadPool& pool) {
     const int64_t tasks = tasks_for(args.numel, args.numel, pool);
+    const bool stream = streams(args.output, args.numel * size_of(args.dtype), 64);
     pool.for_each(tasks, [&](int64_t task) {
         const Range range = part(args.numel, tasks, task, 64);
-        kernels().elementwise[static_cast<int>(args.dtype)].add_relu(
+        kernels().loops[static_cast<int>(args.dtype)].elementwise.add_relu(
             {at(args.input, range.begin, args.dtype), at(args.other, range.begin, args.dtype),
-             at(args.output, range.begin, args.dtype), range.size(),
-             args.numel * size_of(args.dtype) >= kStreamingBytes &&
-                 reinterpret_cast<uintptr_t>(args.output) % 64 == 0});
+             at(args.output, range.begin, args.dtype), range.size(), stream});
     });
 }
 
 void add_relu_backward(const AddReluBackward& args, const ThreadPool& pool) {
     const int64_t tasks = tasks_for(args.numel, args.numel, pool);
+    const bool stream = streams(args.grad_input, args.numel * size_of(args.dtype), 64);
     pool.for_each(tasks, [&](int64_t task) {
         const Range range = part(args.numel, tasks, task, 64);
-        kernels().elementwise[static_cast<int>(args.dtype)].add_relu_grad(
+        kernels().loops[static_cast<int>(args.dtype)].elementwise.add_relu_grad(
             {at(args.grad, range.begin, args.dtype), at(args.output, range.begin, args.dtype),
-             at(args.grad_input, range.begin, args.dtype), range.size(),
-             args.numel * size_of(args.dtype) >= kStreamingBytes &&
-                 reinterpret_cast<uintptr_t>(args.grad_input) % 64 == 0});
+             at(args.grad_input, range.begin, args.dtype), range.size(), stream});
     });
 }
 

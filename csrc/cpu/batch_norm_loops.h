@@ -1,8 +1,8 @@
-// Batch normalisation's loops over one piece: moments, apply, reduce, input gradient.
+// Batch normalisation's loops over one piece: shifted sums, apply, reduce, input gradient.
 //
 // Memory traffic is the bound, so each loop reads every operand once and front to back. Sums are taken in
-// Real over eight values, as a tree, and then added to doubles: as accurate as double throughout, at an
-// eighth of its conversions.
+// Real over a window of rows, in an array that stays in the L1 cache or in registers, and then added to
+// doubles: nearly as accurate as double throughout, at a fraction of its conversions.
 #pragma once
 
 #include "core/bn_math.h"
@@ -12,15 +12,8 @@
 
 namespace fastres::cpu::FASTRES_ISA {
 
-inline constexpr int kSumUnroll = 8;
-inline constexpr int kApplyUnroll = 4;
-// A piece's sums live on the stack, for so many channels at once; more channels are handled in blocks. 256
-// channels keep the sums in the L1 cache and every row's share of a block at 512 bytes or more.
-inline constexpr int64_t kChannelBlock = 256;
-// Moments are taken about the mean so far, which is renewed each so many values a channel; the first so
-// many are summed twice, first to find their mean. So neither an outlier at the start nor a mean far from
-// zero costs digits.
-inline constexpr int64_t kMomentsWindow = 128;
+// So many bodies' sums are added up in Real before the sum goes on in double.
+inline constexpr int64_t kWindow = 16;
 
 template <class Lane, int n>
 FASTRES_ALWAYS Lane tree_sum(Lane (&values)[n]) {
@@ -31,148 +24,195 @@ FASTRES_ALWAYS Lane tree_sum(Lane (&values)[n]) {
     return values[0];
 }
 
-template <class Wide>
-FASTRES_ALWAYS void add_to_wide(double* sums, Wide value) {
-    Wide total;
-    memcpy(&total, sums, sizeof total);
-    total += value;
-    memcpy(sums, &total, sizeof total);
-}
-
-template <class Lane>
-FASTRES_ALWAYS void add_to(double* sums, Lane value) {
-    if constexpr (sizeof(Lane) <= sizeof(double)) {
-        *sums += value;
-    } else {
-        add_to_wide(sums, widen(value));
-    }
-}
-
-// Adds sum(a * b): what is left over of a tree, where rounding errors have no others to average with, in
-// double.
 template <class Lane, int n>
-FASTRES_ALWAYS void add_products_to(double* sums, const Lane (&a)[n], const Lane (&b)[n]) {
-    if constexpr (n > 1) {
-        Lane products[n];
-#pragma GCC unroll 8
-        for (int i = 0; i < n; ++i) products[i] = a[i] * b[i];
-        add_to(sums, tree_sum(products));
-    } else if constexpr (sizeof(Lane) <= sizeof(double)) {
-        *sums += static_cast<double>(a[0]) * static_cast<double>(b[0]);
-    } else {
-        add_to_wide(sums, widen(a[0]) * widen(b[0]));
+FASTRES_ALWAYS void multiply(const Lane (&a)[n], const Lane (&b)[n], Lane (&products)[n]) {
+#pragma GCC unroll 4
+    for (int i = 0; i < n; ++i) products[i] = a[i] * b[i];
+}
+
+// A window's sums of all channels of some rows.
+template <class Order, class Real>
+struct RowSums {
+    Real* entries;  // [channels]
+
+    void clear(int64_t channels) const { memset(entries, 0, static_cast<size_t>(channels) * sizeof(Real)); }
+
+    template <class Lane, int unroll>
+    __attribute__((always_inline)) void add(int64_t channel, Lane (&values)[unroll]) const {
+        if constexpr (Order::lanes == Lanes::neighbouring_channels) {
+#pragma GCC unroll 4
+            for (int i = 0; i < unroll; ++i) add_to(entries + channel + i * kLanes<Real>, values[i]);
+        } else {
+            add_to(entries + channel, tree_sum(values));
+        }
     }
-}
+    template <class Lane, int unroll>
+    __attribute__((always_inline)) void add_products(int64_t channel, const Lane (&a)[unroll],
+                                                     const Lane (&b)[unroll]) const {
+        Lane products[unroll];
+        multiply(a, b, products);
+        add(channel, products);
+    }
 
-// Sums of a sweep: an entry a channel for rows, an entry a lane for a plane.
+    __attribute__((always_inline)) void add_to_totals(int64_t channels, double* totals) const {
+        int64_t c = 0;
+        for (; c + kLanes<Real> <= channels; c += kLanes<Real>)
+            add_to(totals + c, widen(load(entries + c)));
+        for (; c < channels; ++c) totals[c] += entries[c];
+    }
+};
+
+// The same, in double.
+template <class Order, class Real>
+struct WideRowSums {
+    double* entries;  // [channels]
+
+    template <class Lane, int unroll>
+    __attribute__((always_inline)) void add(int64_t channel, const Lane (&values)[unroll]) const {
+#pragma GCC unroll 4
+        for (int i = 0; i < unroll; ++i) add_to(entry(channel, i), widen(values[i]));
+    }
+    template <class Lane, int unroll>
+    __attribute__((always_inline)) void add_products(int64_t channel, const Lane (&a)[unroll],
+                                                     const Lane (&b)[unroll]) const {
+#pragma GCC unroll 4
+        for (int i = 0; i < unroll; ++i) add_to(entry(channel, i), widen(a[i]) * widen(b[i]));
+    }
+
+  private:
+    __attribute__((always_inline)) double* entry(int64_t channel, int i) const {
+        return entries + channel + (Order::lanes == Lanes::neighbouring_channels ? i * kLanes<Real> : 0);
+    }
+};
+
+// A window's sum of one plane.
 template <class Real>
-FASTRES_ALWAYS double lane_sum(const double* sums) {
-    double total = 0;
-    for (int i = 0; i < kLanes<Real>; ++i) total += sums[i];
-    return total;
-}
+struct PlaneSum {
+    Vec<Real> lanes{};
+    double rest = 0;  // of the pixels that fill no vector
 
-template <class Lane, class Real>
-FASTRES_ALWAYS Lane zero_where_not_above(Lane pre_activation, Real threshold, Lane grad) {
-    // "not above" is written so that NaN counts as above: PyTorch's ReLU lets its gradient through.
-    return pre_activation <= (Lane{} + threshold) ? Lane{} : grad;
+    template <class Lane, int unroll>
+    __attribute__((always_inline)) void add(int64_t, Lane (&values)[unroll]) {
+        if constexpr (sizeof(Lane) == sizeof(Real)) {
+            rest += tree_sum(values);
+        } else {
+            lanes += tree_sum(values);
+        }
+    }
+    template <class Lane, int unroll>
+    __attribute__((always_inline)) void add_products(int64_t channel, const Lane (&a)[unroll],
+                                                     const Lane (&b)[unroll]) {
+        Lane products[unroll];
+        multiply(a, b, products);
+        add(channel, products);
+    }
+
+    __attribute__((always_inline)) double total() const { return sum_of_lanes(lanes) + rest; }
+};
+
+// The same, in double.
+template <class Real>
+struct WidePlaneSum {
+    WideVec<Real> lanes{};
+    double rest = 0;
+
+    template <class Lane, int unroll>
+    __attribute__((always_inline)) void add(int64_t, const Lane (&values)[unroll]) {
+#pragma GCC unroll 4
+        for (int i = 0; i < unroll; ++i) add_wide(widen(values[i]));
+    }
+    template <class Lane, int unroll>
+    __attribute__((always_inline)) void add_products(int64_t, const Lane (&a)[unroll],
+                                                     const Lane (&b)[unroll]) {
+#pragma GCC unroll 4
+        for (int i = 0; i < unroll; ++i) add_wide(widen(a[i]) * widen(b[i]));
+    }
+
+    __attribute__((always_inline)) double total() const {
+        double total = rest;
+        for (int i = 0; i < kLanes<Real>; ++i) total += lanes[i];
+        return total;
+    }
+
+  private:
+    __attribute__((always_inline)) void add_wide(double value) { rest += value; }
+    __attribute__((always_inline)) void add_wide(WideVec<Real> value) { lanes += value; }
+};
+
+// Two sums over a piece: sweep(offset, rows, first channel, sum, sum) takes a part of it, a window or,
+// where sums are in double, all rows.
+template <class Order, class Real, class Piece, class Sweep>
+FASTRES_ALWAYS void take_sums(const Piece& piece, double* first_total, double* second_total,
+                              const Sweep& sweep) {
+    constexpr bool plane = Order::lanes == Lanes::pixels_of_a_channel;
+    constexpr int64_t rows_in_a_body = Order::lanes == Lanes::neighbouring_channels ? 1 : Order::unroll;
+    constexpr int64_t window = kWindow * rows_in_a_body * (plane ? kLanes<Real> : 1);
+    for (int64_t c = 0; c < sweeps<Order>(piece); ++c) {
+        if (piece.in_double) {
+            if constexpr (plane) {
+                WidePlaneSum<Real> first, second;
+                sweep(c * piece.plane_stride, piece.rows, c, first, second);
+                first_total[c] += first.total();
+                second_total[c] += second.total();
+            } else {
+                const WideRowSums<Order, Real> first{first_total}, second{second_total};
+                sweep(int64_t{0}, piece.rows, c, first, second);
+            }
+            continue;
+        }
+        for (int64_t row = 0; row < piece.rows; row += window) {
+            const int64_t rows = piece.rows - row < window ? piece.rows - row : window;
+            if constexpr (plane) {
+                PlaneSum<Real> first, second;
+                sweep(c * piece.plane_stride + row, rows, c, first, second);
+                first_total[c] += first.total();
+                second_total[c] += second.total();
+            } else {
+                const RowSums<Order, Real> first{static_cast<Real*>(piece.partial.first)};
+                const RowSums<Order, Real> second{static_cast<Real*>(piece.partial.second)};
+                first.clear(piece.channels);
+                second.clear(piece.channels);
+                sweep(row * piece.channels, rows, c, first, second);
+                first.add_to_totals(piece.channels, first_total);
+                second.add_to_totals(piece.channels, second_total);
+            }
+        }
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// moments
+// shifted sums
 
 template <class T, class Order>
-FASTRES_ALWAYS void shifted_sums(const T* input, int64_t rows, int64_t row_stride, int64_t channels,
-                                 const RealOf<T>* shift, double* sum, double* sum_of_squares) {
-    Order::template sweep<RealOf<T>, kSumUnroll>(
-        rows, row_stride, channels,
-        [&](auto step, int64_t offset, int64_t stride, int64_t c) __attribute__((always_inline)) {
-            using S = decltype(step);
-            using Lane = typename S::Lane;
-            const Lane center = Order::template coefficient<Lane>(shift, c);
-            Lane deviation[S::unroll];
-#pragma GCC unroll 8
-            for (int i = 0; i < S::unroll; ++i) {
-                __builtin_prefetch(input + offset + (i + S::unroll) * stride);
-                deviation[i] = load_as<Lane>(input + offset + i * stride) - center;
-            }
-            add_products_to(sum_of_squares + c, deviation, deviation);
-            add_to(sum + c, tree_sum(deviation));
+void shifted_sums(const ShiftedSumsPiece& piece) {
+    using Real = RealOf<T>;
+    const Real* shift = static_cast<const Real*>(piece.shift);
+    take_sums<Order, Real>(
+        piece, piece.sum, piece.sum_of_squares,
+        [&](int64_t start, int64_t rows, int64_t first, auto& sum, auto& sum_of_squares) {
+            const T* input = static_cast<const T*>(piece.input) + start;
+            Order::template sweep<Real>(
+                rows, piece.channels,
+                [&](auto step, int64_t offset, int64_t stride, int64_t c) FASTRES_INLINE_BODY {
+                    using S = decltype(step);
+                    using Lane = typename S::Lane;
+                    Lane deviation[S::unroll];
+                    Order::template fetch<S>(input, offset, stride, c);
+#pragma GCC unroll 4
+                    for (int i = 0; i < S::unroll; ++i) {
+                        deviation[i] = load_as<Lane>(input + offset + i * stride) -
+                                       coefficient<Order, Lane>(shift + first, c, i);
+                    }
+                    sum_of_squares.add_products(c, deviation, deviation);
+                    sum.add(c, deviation);
+                });
         });
-}
-
-// Where moments are taken about. An infinity in the input must reach the mean as itself, so never about
-// that.
-template <class Real>
-FASTRES_ALWAYS Real finite_or_zero(Real value) {
-    return value - value == 0 ? value : Real(0);
-}
-
-template <class T>
-void moments_rows(const MomentsPiece& piece) {
-    using Real = RealOf<T>;
-    alignas(64) Real shift[kChannelBlock];
-    alignas(64) double sum[kChannelBlock], sum_of_squares[kChannelBlock];
-    for (int64_t first = 0; first < piece.channels; first += kChannelBlock) {
-        const int64_t channels =
-            piece.channels - first < kChannelBlock ? piece.channels - first : kChannelBlock;
-        const T* input = static_cast<const T*>(piece.input) + first;
-        bn_math::Moments<double>* moments = piece.moments + first;
-        for (int64_t row = 0; row < piece.rows; row += kMomentsWindow) {
-            const int64_t rows = piece.rows - row < kMomentsWindow ? piece.rows - row : kMomentsWindow;
-            const T* window = input + row * piece.channels;
-            const auto sums_about = [&](const auto& center) {
-                for (int64_t c = 0; c < channels; ++c) {
-                    shift[c] = finite_or_zero(center(c));
-                    sum[c] = sum_of_squares[c] = 0;
-                }
-                shifted_sums<T, Rows>(window, rows, piece.channels, channels, shift, sum, sum_of_squares);
-            };
-            if (moments[0].count == 0) {
-                sums_about([&](int64_t c) { return to_real(window[c]); });
-                sums_about([&](int64_t c) { return static_cast<Real>(shift[c] + sum[c] / rows); });
-            } else {
-                sums_about([&](int64_t c) { return static_cast<Real>(moments[c].mean); });
-            }
-            for (int64_t c = 0; c < channels; ++c)
-                moments[c] = bn_math::merge(
-                    moments[c], bn_math::from_shifted_sums<double>(static_cast<double>(rows), shift[c],
-                                                                   sum[c], sum_of_squares[c]));
-        }
-    }
-}
-
-template <class T>
-void moments_plane(const MomentsPiece& piece) {
-    using Real = RealOf<T>;
-    constexpr int64_t window_pixels = kMomentsWindow * kLanes<Real>;
-    for (int64_t first = 0; first < piece.rows; first += window_pixels) {
-        const int64_t pixels = piece.rows - first < window_pixels ? piece.rows - first : window_pixels;
-        const T* window = static_cast<const T*>(piece.input) + first;
-        Real shift;
-        alignas(64) double sum[kLanes<Real>], sum_of_squares[kLanes<Real>];
-        const auto sums_about = [&](Real center) {
-            shift = finite_or_zero(center);
-            for (int i = 0; i < kLanes<Real>; ++i) sum[i] = sum_of_squares[i] = 0;
-            shifted_sums<T, Plane>(window, pixels, 0, 1, &shift, sum, sum_of_squares);
-        };
-        if (piece.moments->count == 0) {
-            sums_about(to_real(*window));
-            sums_about(static_cast<Real>(shift + lane_sum<Real>(sum) / pixels));
-        } else {
-            sums_about(static_cast<Real>(piece.moments->mean));
-        }
-        *piece.moments = bn_math::merge(
-            *piece.moments,
-            bn_math::from_shifted_sums<double>(static_cast<double>(pixels), shift, lane_sum<Real>(sum),
-                                               lane_sum<Real>(sum_of_squares)));
-    }
 }
 
 // ---------------------------------------------------------------------------------------------------------
 // apply
 
-template <class T, class Order, bool relu, bool residual, bool stream>
+template <class T, class Order, bool with_relu, bool residual, bool stream>
 FASTRES_ALWAYS void apply_loop(const ApplyPiece& piece) {
     using Real = RealOf<T>;
     const T* input = static_cast<const T*>(piece.input);
@@ -181,25 +221,26 @@ FASTRES_ALWAYS void apply_loop(const ApplyPiece& piece) {
     const Real* mean = static_cast<const Real*>(piece.mean);
     const Real* scale = static_cast<const Real*>(piece.scale);
     const Real* shift = static_cast<const Real*>(piece.shift);
-    Order::template sweep<Real, kApplyUnroll>(
-        piece.rows, piece.channels, piece.channels,
-        [&](auto step, int64_t offset, int64_t stride, int64_t c) __attribute__((always_inline)) {
-            using S = decltype(step);
-            using Lane = typename S::Lane;
-            const Lane center = Order::template coefficient<Lane>(mean, c);
-            const Lane gain = Order::template coefficient<Lane>(scale, c);
-            const Lane bias = Order::template coefficient<Lane>(shift, c);
+    for (int64_t first = 0; first < sweeps<Order>(piece); ++first) {
+        const int64_t start = first * piece.plane_stride;
+        Order::template sweep<Real>(
+            piece.rows, piece.channels,
+            [&](auto step, int64_t offset, int64_t stride, int64_t c) FASTRES_INLINE_BODY {
+                using S = decltype(step);
+                using Lane = typename S::Lane;
+                Lane z[S::unroll];
 #pragma GCC unroll 4
-            for (int i = 0; i < S::unroll; ++i) {
-                const int64_t at = offset + i * stride;
-                __builtin_prefetch(input + at + 2 * S::unroll * stride);
-                if constexpr (residual) __builtin_prefetch(addend + at + 2 * S::unroll * stride);
-                Lane z = (load_as<Lane>(input + at) - center) * gain + bias;
-                if constexpr (residual) z += load_as<Lane>(addend + at);
-                if constexpr (relu) z = z < Lane{} ? Lane{} : z;
-                store_as<stream>(output + at, z);
-            }
-        });
+                for (int i = 0; i < S::unroll; ++i) {
+                    const int64_t at = start + offset + i * stride;
+                    z[i] = (load_as<Lane>(input + at) - coefficient<Order, Lane>(mean + first, c, i)) *
+                               coefficient<Order, Lane>(scale + first, c, i) +
+                           coefficient<Order, Lane>(shift + first, c, i);
+                    if constexpr (residual) z[i] += load_as<Lane>(addend + at);
+                    if constexpr (with_relu) z[i] = relu(z[i]);
+                }
+                store_lanes<Order, stream>(output + start + offset, stride, z);
+            });
+    }
     if constexpr (stream) fence();
 }
 
@@ -216,8 +257,8 @@ void apply(const ApplyPiece& piece) {
 // ---------------------------------------------------------------------------------------------------------
 // reduce
 
-template <class T, class Order, Mask mask, bool store_masked, bool store_grad_input>
-FASTRES_ALWAYS void reduce_sums(const ReducePiece& piece, double* sum_grad, double* dot) {
+template <class T, class Order, Mask mask, bool store_grad_input>
+FASTRES_ALWAYS void reduce_loop(const ReducePiece& piece) {
     using Real = RealOf<T>;
     constexpr Real threshold = bn_math::largest_stored_as_zero(Storage<T>::dtype);
     const T* grad = static_cast<const T*>(piece.grad);
@@ -228,65 +269,59 @@ FASTRES_ALWAYS void reduce_sums(const ReducePiece& piece, double* sum_grad, doub
     const Real* mean = static_cast<const Real*>(piece.mean);
     const Real* scale = static_cast<const Real*>(piece.scale);
     const Real* shift = static_cast<const Real*>(piece.shift);
-    Order::template sweep<Real, kSumUnroll>(
-        piece.rows, piece.channels, piece.channels,
-        [&](auto step, int64_t offset, int64_t stride, int64_t c) __attribute__((always_inline)) {
-            using S = decltype(step);
-            using Lane = typename S::Lane;
-            const Lane center = Order::template coefficient<Lane>(mean, c);
-            const Lane gain = Order::template coefficient<Lane>(scale, c);
-            const Lane bias = Order::template coefficient<Lane>(shift, c);
-            Lane gradients[S::unroll], deviations[S::unroll];
-#pragma GCC unroll 8
-            for (int i = 0; i < S::unroll; ++i) {
-                const int64_t at = offset + i * stride;
-                __builtin_prefetch(input + at + S::unroll * stride);
-                __builtin_prefetch(grad + at + S::unroll * stride);
-                const Lane deviation = load_as<Lane>(input + at) - center;
-                Lane g = load_as<Lane>(grad + at);
-                if constexpr (mask == Mask::from_output)
-                    g = zero_where_not_above(load_as<Lane>(output + at), Real(0), g);
-                if constexpr (mask == Mask::recomputed)
-                    g = zero_where_not_above(deviation * gain + bias, threshold, g);
-                if constexpr (store_masked) store_as<false>(masked_grad + at, g);
-                if constexpr (store_grad_input) store_as<false>(grad_input + at, g * gain);
-                gradients[i] = g;
-                deviations[i] = deviation;
-            }
-            add_products_to(dot + c, gradients, deviations);
-            add_to(sum_grad + c, tree_sum(gradients));
-        });
+    take_sums<Order, Real>(
+        piece, piece.sum_grad, piece.dot,
+        [&](int64_t start, int64_t rows, int64_t first, auto& sum_grad, auto& dot)
+            __attribute__((always_inline)) {
+                Order::template sweep<Real>(
+                    rows, piece.channels,
+                    [&](auto step, int64_t offset, int64_t stride, int64_t c) FASTRES_INLINE_BODY {
+                        using S = decltype(step);
+                        using Lane = typename S::Lane;
+                        Lane g[S::unroll], deviation[S::unroll], scaled[S::unroll];
+                        Order::template fetch<S>(grad, start + offset, stride, c);
+                        Order::template fetch<S>(input, start + offset, stride, c);
+                        if constexpr (mask == Mask::from_output)
+                            Order::template fetch<S>(output, start + offset, stride, c);
+#pragma GCC unroll 4
+                        for (int i = 0; i < S::unroll; ++i) {
+                            const int64_t at = start + offset + i * stride;
+                            deviation[i] =
+                                load_as<Lane>(input + at) - coefficient<Order, Lane>(mean + first, c, i);
+                            const Lane gain = coefficient<Order, Lane>(scale + first, c, i);
+                            g[i] = load_as<Lane>(grad + at);
+                            if constexpr (mask == Mask::from_output)
+                                g[i] = zero_where_not_above(load_as<Lane>(output + at), Real(0), g[i]);
+                            if constexpr (mask == Mask::recomputed)
+                                g[i] = zero_where_not_above(
+                                    deviation[i] * gain + coefficient<Order, Lane>(shift + first, c, i),
+                                    threshold, g[i]);
+                            scaled[i] = g[i] * gain;
+                        }
+                        if constexpr (mask == Mask::from_output)
+                            store_lanes<Order, false>(masked_grad + start + offset, stride, g);
+                        if constexpr (store_grad_input)
+                            store_lanes<Order, false>(grad_input + start + offset, stride, scaled);
+                        dot.add_products(c, g, deviation);
+                        sum_grad.add(c, g);
+                    });
+            });
 }
 
-template <class T, class Order, Mask mask, bool store_masked, bool store_grad_input>
-FASTRES_ALWAYS void reduce_loop(const ReducePiece& piece) {
-    if constexpr (Order::is_plane) {
-        using Real = RealOf<T>;
-        alignas(64) double sum_grad[kLanes<Real>] = {}, dot[kLanes<Real>] = {};
-        reduce_sums<T, Order, mask, store_masked, store_grad_input>(piece, sum_grad, dot);
-        *piece.sum_grad += lane_sum<Real>(sum_grad);
-        *piece.dot += lane_sum<Real>(dot);
-    } else {
-        reduce_sums<T, Order, mask, store_masked, store_grad_input>(piece, piece.sum_grad, piece.dot);
-    }
-}
-
-template <class T, class Order>
+// In one order where something is stored, in another where sums are all that is taken.
+template <class T, class StoreOrder, class SumOrder>
 void reduce(const ReducePiece& piece) {
-    const auto with_mask = [&](auto store_masked, auto store_grad_input) {
-        switch (piece.mask) {
-            case Mask::none:
-                return reduce_loop<T, Order, Mask::none, store_masked.value, store_grad_input.value>(piece);
-            case Mask::from_output:
-                return reduce_loop<T, Order, Mask::from_output, store_masked.value, store_grad_input.value>(
-                    piece);
-            case Mask::recomputed:
-                return reduce_loop<T, Order, Mask::recomputed, store_masked.value, store_grad_input.value>(
-                    piece);
-        }
-    };
-    if (piece.masked_grad) return piece.grad_input ? with_mask(True{}, True{}) : with_mask(True{}, False{});
-    return piece.grad_input ? with_mask(False{}, True{}) : with_mask(False{}, False{});
+    switch (piece.mask) {
+        case Mask::none:
+            return piece.grad_input ? reduce_loop<T, StoreOrder, Mask::none, true>(piece)
+                                    : reduce_loop<T, SumOrder, Mask::none, false>(piece);
+        case Mask::from_output:
+            return piece.grad_input ? reduce_loop<T, StoreOrder, Mask::from_output, true>(piece)
+                                    : reduce_loop<T, StoreOrder, Mask::from_output, false>(piece);
+        case Mask::recomputed:
+            return piece.grad_input ? reduce_loop<T, StoreOrder, Mask::recomputed, true>(piece)
+                                    : reduce_loop<T, SumOrder, Mask::recomputed, false>(piece);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -304,28 +339,30 @@ FASTRES_ALWAYS void input_grad_loop(const InputGradPiece& piece) {
     const Real* shift = static_cast<const Real*>(piece.shift);
     const Real* mean_grad = static_cast<const Real*>(piece.mean_grad);
     const Real* slope = static_cast<const Real*>(piece.slope);
-    Order::template sweep<Real, kApplyUnroll>(
-        piece.rows, piece.channels, piece.channels,
-        [&](auto step, int64_t offset, int64_t stride, int64_t c) __attribute__((always_inline)) {
-            using S = decltype(step);
-            using Lane = typename S::Lane;
-            const Lane center = Order::template coefficient<Lane>(mean, c);
-            const Lane gain = Order::template coefficient<Lane>(scale, c);
-            const Lane bias = Order::template coefficient<Lane>(shift, c);
-            const Lane average = Order::template coefficient<Lane>(mean_grad, c);
-            const Lane tilt = Order::template coefficient<Lane>(slope, c);
+    for (int64_t first = 0; first < sweeps<Order>(piece); ++first) {
+        const int64_t start = first * piece.plane_stride;
+        Order::template sweep<Real>(
+            piece.rows, piece.channels,
+            [&](auto step, int64_t offset, int64_t stride, int64_t c) FASTRES_INLINE_BODY {
+                using S = decltype(step);
+                using Lane = typename S::Lane;
+                Lane result[S::unroll];
 #pragma GCC unroll 4
-            for (int i = 0; i < S::unroll; ++i) {
-                const int64_t at = offset + i * stride;
-                __builtin_prefetch(input + at + S::unroll * stride);
-                __builtin_prefetch(grad + at + S::unroll * stride);
-                const Lane deviation = load_as<Lane>(input + at) - center;
-                Lane g = load_as<Lane>(grad + at);
-                if constexpr (recompute_mask)
-                    g = zero_where_not_above(deviation * gain + bias, threshold, g);
-                store_as<stream>(grad_input + at, gain * (g - average - deviation * tilt));
-            }
-        });
+                for (int i = 0; i < S::unroll; ++i) {
+                    const int64_t at = start + offset + i * stride;
+                    const Lane deviation =
+                        load_as<Lane>(input + at) - coefficient<Order, Lane>(mean + first, c, i);
+                    const Lane gain = coefficient<Order, Lane>(scale + first, c, i);
+                    Lane g = load_as<Lane>(grad + at);
+                    if constexpr (recompute_mask)
+                        g = zero_where_not_above(
+                            deviation * gain + coefficient<Order, Lane>(shift + first, c, i), threshold, g);
+                    result[i] = gain * (g - coefficient<Order, Lane>(mean_grad + first, c, i) -
+                                        deviation * coefficient<Order, Lane>(slope + first, c, i));
+                }
+                store_lanes<Order, stream>(grad_input + start + offset, stride, result);
+            });
+    }
     if constexpr (stream) fence();
 }
 

@@ -1,8 +1,8 @@
 // The inner loops that exist once per instruction set, as a table of function pointers.
 //
 // Each loop handles a piece that one thread owns; cpu/batch_norm.cpp splits the work and merges the pieces.
-// A piece is either *rows* of a channels-last tensor, [rows][channels] with one coefficient a channel, or
-// one *plane* of a contiguous tensor: `rows` pixels of a single channel (channels is then 1).
+// A piece is either *rows* of a channels-last tensor, [rows][channels], or *planes* of an image of a
+// contiguous one: `rows` pixels of each of `channels` planes, which are plane_stride elements apart.
 #pragma once
 
 #include <cstdint>
@@ -12,18 +12,28 @@
 
 namespace fastres::cpu {
 
+// Where a loop over rows keeps its two sums for a while, in the accumulation dtype: [channels].
+struct PartialSums {
+    void* first;
+    void* second;
+};
+
 // The pieces' coefficients are arrays of the accumulation dtype, one entry a channel.
-struct MomentsPiece {
+struct ShiftedSumsPiece {  // sum += sum(input - shift);  sum_of_squares += sum((input - shift)^2)
     const void* input;
-    int64_t rows, channels;
-    bn_math::Moments<double>* moments;  // [channels], merged into
+    int64_t rows, channels, plane_stride;
+    const void* shift;
+    bool in_double;  // from the first addition on: few values, whose errors do not average out
+    PartialSums partial;
+    double* sum;             // [channels]
+    double* sum_of_squares;  // [channels]
 };
 
 struct ApplyPiece {  // output = act((input - mean) * scale + shift [+ residual])
     const void* input;
     const void* residual;  // null: no addition
     void* output;
-    int64_t rows, channels;
+    int64_t rows, channels, plane_stride;
     const void *mean, *scale, *shift;
     bool relu;
     bool stream;  // write past the caches; the pieces are then 64-byte aligned
@@ -37,11 +47,13 @@ struct ReducePiece {  // g = mask(grad);  sum_grad += sum(g);  dot += sum(g * (i
     const void* grad;
     const void* input;
     const void* output;  // for Mask::from_output
-    void* masked_grad;   // g is written here, or null
+    void* masked_grad;   // g is written here, for Mask::from_output
     void* grad_input;    // scale * g is written here (gradient in evaluation), or null
-    int64_t rows, channels;
+    int64_t rows, channels, plane_stride;
     const void *mean, *scale, *shift;
     Mask mask;
+    bool in_double;  // as of ShiftedSumsPiece
+    PartialSums partial;
     double* sum_grad;  // [channels]
     double* dot;       // [channels]
 };
@@ -50,7 +62,7 @@ struct InputGradPiece {  // grad_input = scale * (mask(grad) - mean_grad - (inpu
     const void* grad;
     const void* input;
     void* grad_input;
-    int64_t rows, channels;
+    int64_t rows, channels, plane_stride;
     const void *mean, *scale, *shift, *mean_grad, *slope;
     Mask mask;  // none or recomputed
     bool stream;
@@ -74,7 +86,7 @@ struct AddReluGradPiece {  // grad_input = grad * [output > 0]
 
 struct Kernels {
     struct Layout {
-        void (*moments)(const MomentsPiece&);
+        void (*shifted_sums)(const ShiftedSumsPiece&);
         void (*apply)(const ApplyPiece&);
         void (*reduce)(const ReducePiece&);
         void (*input_grad)(const InputGradPiece&);
@@ -83,10 +95,12 @@ struct Kernels {
         void (*add_relu)(const AddReluPiece&);
         void (*add_relu_grad)(const AddReluGradPiece&);
     };
+    struct Loops {
+        Layout rows, plane;
+        Elementwise elementwise;
+    };
     const char* isa;
-    Layout rows[kDtypes];
-    Layout plane[kDtypes];
-    Elementwise elementwise[kDtypes];
+    Loops loops[kDtypes];
 };
 
 // One a translation unit; null where the compiler could not build it for this processor family.
