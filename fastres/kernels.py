@@ -11,7 +11,9 @@ from fastres import _C, composed  # _C registers the ops
 
 CUDA = bool(_C.build_info()["cuda"])
 library = torch.library.Library("fastres", "FRAGMENT")
-_kernels = torch.ops.fastres
+_bn_act_forward = torch.ops.fastres.bn_act_forward.default
+_bn_act_backward = torch.ops.fastres.bn_act_backward.default
+_add_relu_backward = torch.ops.fastres.add_relu_backward.default
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -63,68 +65,71 @@ def _in_layout_of(grad: Tensor, input: Tensor) -> Tensor:
 
 
 class _BnAct(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, keyset, input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
-    ):
-        with torch._C._AutoDispatchBelowAutograd():
-            output, mean, rstd = _kernels.bn_act_forward.default.redispatch(
-                keyset & torch._C._after_autograd_keyset,
-                input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu,
-            )  # fmt: skip
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(mean, rstd)
-        # With a residual the mask cannot be recomputed from input. The output has it, and the next layer
-        # keeps that anyway.
-        needs_output = relu and residual is not None
-        ctx.save_for_backward(input, output if needs_output else None, weight, bias, mean, rstd)
-        ctx.training, ctx.relu, ctx.has_residual = training, relu, residual is not None
-        return output, mean, rstd
+    """The differentiable output; mean and rstd, which are not differentiable, are put into `statistics`."""
 
     @staticmethod
-    def backward(ctx, grad, _mean, _rstd):
+    def forward(ctx, statistics, input, residual, running_mean, running_var, weight, bias, training, *rest):
+        with torch._C._AutoDispatchBelowAutograd():
+            output, mean, rstd = _bn_act_forward(
+                input, residual, running_mean, running_var, weight, bias, training, *rest
+            )
+        statistics += mean, rstd
+        ctx.set_materialize_grads(False)
+        # With a residual the mask cannot be recomputed from input. The output has it, and the next layer
+        # keeps that anyway.
+        ctx.training, ctx.relu, ctx.has_residual = training, rest[-1], residual is not None
+        kept = output if ctx.relu and ctx.has_residual else None
+        ctx.save_for_backward(input, kept, weight, bias, mean, rstd)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
         if grad is None:
             return (None,) * 11
         input, output, weight, bias, mean, rstd = ctx.saved_tensors
         grad = _in_layout_of(grad, input)
-        grad_input, grad_residual, grad_weight, grad_bias = _kernels.bn_act_backward(
-            grad, input, output, weight, bias, mean, rstd, ctx.training, ctx.relu
-        )
-        needs = ctx.needs_input_grad
+        arguments = (grad, input, output, weight, bias, mean, rstd, ctx.training, ctx.relu)
+        if torch.is_grad_enabled():  # a second derivative may be asked for
+            grad_input, grad_residual, grad_weight, grad_bias = _bn_act_backward(*arguments)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                grad_input, grad_residual, grad_weight, grad_bias = _bn_act_backward(*arguments)
+        _, needs_input, needs_residual, _, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         if ctx.has_residual and output is None:
             grad_residual = grad
         return (
             None,
-            grad_input if needs[1] else None,
-            grad_residual if needs[2] else None,
+            grad_input if needs_input else None,
+            grad_residual if needs_residual else None,
             None,
             None,
-            grad_weight.to(weight.dtype) if needs[5] else None,
-            grad_bias.to(bias.dtype) if needs[6] else None,
+            grad_weight.to(weight.dtype) if needs_weight else None,
+            grad_bias.to(bias.dtype) if needs_bias else None,
             *(None,) * 4,
         )
 
 
-def _bn_act_autograd(
-    keyset, input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
-):
+def bn_act(input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu):
+    """fastres::bn_act_forward from its autograd down, without the dispatcher on the way there.
+
+    Returns output, mean, rstd.
+    """
     if training:
         # What autograd checks when a saved tensor was changed in place afterwards.
-        torch.autograd.graph.increment_version([t for t in (running_mean, running_var) if t is not None])
-    tensors = (input, residual, weight, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _BnAct.apply(
-            keyset, input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
-        )
+        if running_mean is not None:
+            torch.autograd.graph.increment_version(running_mean)
+        if running_var is not None:
+            torch.autograd.graph.increment_version(running_var)
+    arguments = (input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(input, residual, weight, bias):
+        statistics = []
+        return _BnAct.apply(statistics, *arguments), *statistics
     with torch._C._AutoDispatchBelowAutograd():
-        return _kernels.bn_act_forward.default.redispatch(
-            keyset & torch._C._after_autograd_keyset,
-            input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu,
-        )  # fmt: skip
+        return _bn_act_forward(*arguments)
 
 
 # By hand and not by torch.library.register_autograd, which refuses ops that update an argument in place.
-library.impl("bn_act_forward", _bn_act_autograd, "Autograd", with_keyset=True)
+library.impl("bn_act_forward", bn_act, "Autograd")
 
 
 def _bn_act_backward_setup(ctx, inputs, output):
@@ -183,7 +188,7 @@ def _add_relu_setup(ctx, inputs, output):
 
 def _add_relu_gradient(ctx, grad):
     (output,) = ctx.saved_tensors
-    grad_sum = _kernels.add_relu_backward(_in_layout_of(grad, output), output)
+    grad_sum = _add_relu_backward(_in_layout_of(grad, output), output)
     return grad_sum, grad_sum
 
 
@@ -199,7 +204,7 @@ def _add_relu_backward_setup(ctx, inputs, output):
 def _add_relu_double_gradient(ctx, grad):
     # The mask is a constant: the derivative of a masked product is the same mask again.
     (output,) = ctx.saved_tensors
-    return _kernels.add_relu_backward(_in_layout_of(grad, output), output), None
+    return _add_relu_backward(_in_layout_of(grad, output), output), None
 
 
 torch.library.register_autograd(

@@ -8,13 +8,14 @@ torch.func transforms, forward-mode AD. Each is also an op, `torch.ops.fastres.<
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastres import composed
-from fastres.kernels import CUDA, accumulation_dtype, is_channels_last, library, same_layout
+from fastres.kernels import CUDA, accumulation_dtype, bn_act, is_channels_last, library, same_layout
 
 __all__ = ["add_relu", "batch_norm", "bn_add_relu", "bn_relu", "conv_bn_relu"]
 
@@ -23,31 +24,33 @@ _kernels = torch.ops.fastres
 # ---------------------------------------------------------------------------------------------------------
 # which cases the kernels cover
 
-_ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CUDA_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+_CPU_DTYPES = _CUDA_DTYPES | {torch.float64}
+_PLAIN = {Tensor, torch.nn.Parameter}
 
 
-def _is_special(tensors: tuple[Tensor | None, ...]) -> bool:
+def _is_special(*tensors: Tensor | None) -> bool:
     """Whether only PyTorch's own ops know what to do: tensor subclasses, torch.func, forward-mode AD."""
     if torch.compiler.is_dynamo_compiling():
         return False
     if peek_interpreter_stack() is not None or has_torch_function(tensors):
         return True
-    if forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    ):
-        return True
-    return any(
-        type(t) is not Tensor and t is not None and is_traceable_wrapper_subclass(t) for t in tensors
-    )
+    dual = forward_ad._current_level >= 0
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if dual and forward_ad.unpack_dual(tensor).tangent is not None:
+            return True
+        if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
+            return True
+    return False
 
 
 def _covers_activation(input: Tensor) -> bool:
     device = input.device.type
-    if not (device == "cpu" or (device == "cuda" and CUDA)):
-        return False
     return (
-        input.dtype in _ACTIVATION_DTYPES
-        and (device == "cpu" or input.dtype != torch.float64)
+        input.dtype in (_CPU_DTYPES if device == "cpu" else _CUDA_DTYPES)
+        and (device == "cpu" or (device == "cuda" and CUDA))
         and input.layout == torch.strided
         and 2 <= input.dim() <= 5
         and input.numel() > 0
@@ -55,14 +58,18 @@ def _covers_activation(input: Tensor) -> bool:
     )
 
 
-def _covers_channels(vector: Tensor | None, input: Tensor) -> bool:
-    return vector is None or (
-        vector.dim() == 1
-        and vector.size(0) == input.size(1)
-        and vector.device == input.device
-        and (vector.dtype == input.dtype or vector.dtype == accumulation_dtype(input.dtype))
-        and vector.is_contiguous()
-    )
+def _covers_channels(input: Tensor, *vectors: Tensor | None) -> bool:
+    channels, device, dtypes = input.size(1), input.device, (input.dtype, accumulation_dtype(input.dtype))
+    for vector in vectors:
+        if vector is not None and not (
+            vector.dim() == 1
+            and vector.size(0) == channels
+            and vector.dtype in dtypes
+            and vector.device == device
+            and vector.is_contiguous()
+        ):
+            return False
+    return True
 
 
 def _covers_residual(residual: Tensor, input: Tensor) -> bool:
@@ -89,13 +96,10 @@ def _bn_act(
     if residual is not None:
         _check_residual(op, "residual", residual, input)
     covered = (
-        not _is_special((input, residual, running_mean, running_var, weight, bias))
+        not _is_special(input, residual, running_mean, running_var, weight, bias)
         and _covers_activation(input)
         and (residual is None or _covers_residual(residual, input))
-        and _covers_channels(running_mean, input)
-        and _covers_channels(running_var, input)
-        and _covers_channels(weight, input)
-        and _covers_channels(bias, input)
+        and _covers_channels(input, running_mean, running_var, weight, bias)
         and (
             input.numel() > input.size(1)
             if training
@@ -109,9 +113,19 @@ def _bn_act(
         )
     if residual is not None and not same_layout(residual, input):
         residual = torch.empty_like(input).copy_(residual)
-    return _kernels.bn_act_forward(
-        input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
-    )[0]
+    arguments = (input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu)
+    if _is_traced():
+        return _kernels.bn_act_forward(*arguments)[0]
+    return bn_act(*arguments)[0]
+
+
+def _is_traced() -> bool:
+    """Whether somebody records ops, and is to see this one before its autograd."""
+    return (
+        torch.compiler.is_dynamo_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or _len_torch_dispatch_stack_pre_dispatch() > 0
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -227,7 +241,7 @@ def add_relu(input: Tensor, other: Tensor) -> Tensor:
     Reference: torch.relu(input + other).
     """
     if (
-        not _is_special((input, other))
+        not _is_special(input, other)
         and _covers_activation(input)
         and _covers_residual(other, input)
         and same_layout(other, input)
