@@ -9,9 +9,13 @@ from torch import Tensor
 
 from fastres import _C, composed  # _C registers the ops
 
+# Whether activations are made again in the backward pass, see fastres.recompute.
+recomputes = True
+
 CUDA = bool(_C.build_info()["cuda"])
 library = torch.library.Library("fastres", "FRAGMENT")
 _bn_act_forward = torch.ops.fastres.bn_act_forward.default
+_bn_act_again = torch.ops.fastres.bn_act_again.default
 _bn_act_backward = torch.ops.fastres.bn_act_backward.default
 _add_relu_backward = torch.ops.fastres.add_relu_backward.default
 
@@ -38,6 +42,11 @@ def _(input, residual, running_mean, running_var, weight, bias, training, moment
     dtype = torch.float64 if input.device.type == "cpu" else torch.float32
     mean = input.new_empty(input.size(1), dtype=dtype)
     return torch.empty_like(input), mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake("fastres::bn_act_again")
+def _(input, residual, weight, bias, save_mean, save_rstd, relu):
+    return torch.empty_like(input)
 
 
 @torch.library.register_fake("fastres::bn_act_backward")
@@ -75,10 +84,13 @@ class _BnAct(torch.autograd.Function):
             )
         statistics += mean, rstd
         ctx.set_materialize_grads(False)
-        # With a residual the mask cannot be recomputed from input. The output has it, and the next layer
-        # keeps that anyway.
         ctx.training, ctx.relu, ctx.has_residual = training, rest[-1], residual is not None
-        kept = output if ctx.relu and ctx.has_residual else None
+        # With a residual the mask cannot be recomputed from input alone. It is taken from the output, which
+        # is kept, or made again from the residual where some other layer keeps that.
+        ctx.keeps_output = ctx.relu and ctx.has_residual and not _is_kept(residual)
+        ctx.keeps_residual = ctx.relu and ctx.has_residual and not ctx.keeps_output
+        ctx.unpacked = ctx.output_again = None
+        kept = output if ctx.keeps_output else residual if ctx.keeps_residual else None
         ctx.save_for_backward(input, kept, weight, bias, mean, rstd)
         return output
 
@@ -86,7 +98,10 @@ class _BnAct(torch.autograd.Function):
     def backward(ctx, grad):
         if grad is None:
             return (None,) * 11
-        input, output, weight, bias, mean, rstd = ctx.saved_tensors
+        input, output, weight, bias, mean, rstd = _unpack(ctx)
+        if ctx.keeps_residual:
+            output = make_again(ctx)
+        ctx.unpacked = ctx.output_again = None
         grad = _in_layout_of(grad, input)
         arguments = (grad, input, output, weight, bias, mean, rstd, ctx.training, ctx.relu)
         if torch.is_grad_enabled():  # a second derivative may be asked for
@@ -107,6 +122,41 @@ class _BnAct(torch.autograd.Function):
             grad_bias.to(bias.dtype) if needs_bias else None,
             *(None,) * 4,
         )
+
+
+_BnActNode = _BnAct._backward_cls
+
+
+def node_of(output: Tensor):
+    """The autograd node of bn_act whose output this is, unchanged; None if it is none."""
+    node = output.grad_fn
+    return node if type(node) is _BnActNode and output._version == 0 else None
+
+
+def _is_kept(residual: Tensor) -> bool:
+    node = node_of(residual) if recomputes else None
+    return node is not None and node.keeps_output
+
+
+def _unpack(node) -> tuple[Tensor | None, ...]:
+    # Once for the layer that uses the output and the node itself: activation checkpointing insists on it.
+    if node.unpacked is None:
+        node.unpacked = node.saved_tensors
+    return node.unpacked
+
+
+def make_again(node) -> Tensor:
+    """The output of a node of bn_act, from what the node saved."""
+    if node.output_again is not None:
+        return node.output_again
+    input, residual, weight, bias, mean, rstd = _unpack(node)
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+        output = _bn_act_again(
+            input, residual if node.keeps_residual else None, weight, bias, mean, rstd, node.relu
+        )
+    if node.keeps_residual:  # the node itself asks next, for its mask
+        node.output_again = output
+    return output
 
 
 def bn_act(input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu):

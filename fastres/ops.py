@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastres import composed
 from fastres.kernels import CUDA, accumulation_dtype, bn_act, is_channels_last, library, same_layout
+from fastres.recompute import call_without_keeping
 
 __all__ = ["add_relu", "batch_norm", "bn_add_relu", "bn_relu", "conv_bn_relu"]
 
@@ -308,7 +309,7 @@ def conv_bn_relu(
                 _check_residual("conv_bn_relu", "residual", residual, output)
                 return add_relu(output, residual) if relu else output + residual
             return output.relu_() if relu else output
-    output = F.conv2d(input, weight, conv_bias, stride, padding, dilation, groups)
+    output = call_without_keeping(F.conv2d, input, weight, conv_bias, stride, padding, dilation, groups)
     return _bn_act(
         "conv_bn_relu",
         output,

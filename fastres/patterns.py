@@ -273,6 +273,13 @@ def rewrite(traced: Trace, chains: list[Chain], inlined: frozenset[nn.Module]) -
             # Hooks would fire in another order; a module of another kind might write to its input.
             need_fusible([node.target for node in (chain.conv, chain.bn) if node])
         _replace(traced.graph, chain, replaced)
+    for node in list(traced.graph.nodes):
+        if traced.calls(node, nn.MaxPool2d) and node.args[0] in replaced.values():
+            with traced.graph.inserting_before(node):
+                pool = traced.graph.create_node("get_attr", node.target)
+                call = traced.graph.call_function(sites.max_pool, (pool, *node.args))
+            node.replace_all_uses_with(call)
+            traced.graph.erase_node(node)
     return list(guards.values())
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastres import ops
+from fastres.recompute import call_without_keeping
 
 __all__ = ["Reason", "Record", "add_act", "bn_act", "conv_bn_act", "record", "stock", "why_not"]
 
@@ -250,6 +251,16 @@ def add_act(act: nn.Module | None, input: Tensor, other: Tensor) -> Tensor:
     if reason is not None:
         return _activate(act, input + other, relu=True)
     return ops.add_relu(input, other)
+
+
+def max_pool(pool: nn.Module, input: Tensor) -> Tensor:
+    """pool(input), without keeping an input for backward that can be made again.
+
+    Args:
+        pool: any module; an nn.MaxPool2d keeps its input for no more than its shape.
+        input: what it takes.
+    """
+    return pool(input) if _stock else call_without_keeping(pool, input)
 
 
 def _fused_bn_act(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:

@@ -36,7 +36,7 @@ class BnForward(Structure):
         + [(n, c_void_p) for n in ("input", "residual", "output")]
         + [(n, ChannelVector) for n in ("weight", "bias", "running_mean", "running_var")]
         + [(n, c_void_p) for n in ("save_mean", "save_rstd")]
-        + [("training", c_bool), ("relu", c_bool), ("momentum", c_double), ("eps", c_double)]
+        + [("statistics", c_int), ("relu", c_bool), ("momentum", c_double), ("eps", c_double)]
     )
 
 
@@ -139,11 +139,24 @@ def batch_norm(
     workspace = _workspace(shape)
     args = BnForward(
         shape, _pointer(input), _pointer(residual), _pointer(output), _vector(weight), _vector(bias),
-        _vector(running_mean), _vector(running_var), _pointer(mean), _pointer(rstd), training, relu,
-        momentum, eps,
+        _vector(running_mean), _vector(running_var), _pointer(mean), _pointer(rstd), 0 if training else 1,
+        relu, momentum, eps,
     )  # fmt: skip
     _call("batch_norm", byref(args), workspace.data_ptr())
     return output, mean, rstd
+
+
+def batch_norm_again(input, weight, bias, save_mean, save_rstd, *, residual=None, relu):
+    """Return the output that a forward pass had which saved these statistics."""
+    output = _poisoned_like(input)
+    shape = _activation(input)
+    workspace = _workspace(shape)
+    args = BnForward(
+        shape, _pointer(input), _pointer(residual), _pointer(output), _vector(weight), _vector(bias),
+        _vector(None), _vector(None), _pointer(save_mean), _pointer(save_rstd), 2, relu, 0.0, 0.0,
+    )  # fmt: skip
+    _call("batch_norm", byref(args), workspace.data_ptr())
+    return output
 
 
 def batch_norm_backward(

@@ -292,3 +292,19 @@ def test_add_relu_equals_stock(dtype, size, aligned):
     assert torch.equal(output.nan_to_num(7), stock.detach().nan_to_num(7))
     expected = torch.autograd.grad(torch.relu(stock), stock, grad)[0]
     assert torch.equal(emu.add_relu_backward(grad, output), expected)
+
+
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_output_made_again_is_the_same_to_the_bit(dtype, layout, with_residual):
+    generator = torch.Generator().manual_seed(FIRST_SEED)
+    for shape in SHAPES[:4]:
+        input = random(shape, dtype, layout, generator)
+        residual = random(shape, dtype, layout, generator) if with_residual else None
+        weight, bias = (torch.randn(shape[1], generator=generator) for _ in range(2))
+        output, mean, rstd = emu.batch_norm(
+            input, weight, bias, None, None, residual=residual, relu=True, training=True
+        )
+        again = emu.batch_norm_again(input, weight, bias, mean, rstd, residual=residual, relu=True)
+        assert torch.equal(output, again)

@@ -17,6 +17,7 @@ namespace fastres::bindings {
 namespace {
 
 constexpr const char* kForward = "bn_act_forward";
+constexpr const char* kAgain = "bn_act_again";
 constexpr const char* kBackward = "bn_act_backward";
 
 struct OnCpu {
@@ -67,12 +68,35 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor input, OptionalTensor residual
     args.output = output.data_ptr();
     args.save_mean = save_mean.data_ptr();
     args.save_rstd = save_rstd.data_ptr();
-    args.training = training;
+    args.statistics = training ? Statistics::batch : Statistics::running;
     args.relu = relu;
     args.momentum = momentum;
     args.eps = eps;
     Device::run(args, input);
     return {output, save_mean, save_rstd};
+}
+
+// The output that a forward pass had, from what it saved.
+template <class Device>
+Tensor again(Tensor input, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias,
+             Tensor save_mean, Tensor save_rstd, bool relu) {
+    BnForward args{};
+    args.shape = activation(kAgain, "input", input);
+    if (residual) check_like_input(kAgain, "residual", *residual, input);
+    args.weight = channel_vector(kAgain, "weight", weight, input);
+    args.bias = channel_vector(kAgain, "bias", bias, input);
+    check_statistics(kAgain, "save_mean", save_mean, input, Device::statistics);
+    check_statistics(kAgain, "save_rstd", save_rstd, input, Device::statistics);
+    Tensor output = output_like(input);
+    args.input = input.data_ptr();
+    args.residual = residual ? residual->data_ptr() : nullptr;
+    args.output = output.data_ptr();
+    args.save_mean = save_mean.data_ptr();
+    args.save_rstd = save_rstd.data_ptr();
+    args.statistics = Statistics::saved;
+    args.relu = relu;
+    Device::run(args, input);
+    return output;
 }
 
 // `output` is given where a residual was added, and only there: the mask cannot be recomputed from input
@@ -119,6 +143,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres, library) {
         "Tensor? weight, Tensor? bias, bool training, float momentum, float eps, bool relu) "
         "-> (Tensor output, Tensor save_mean, Tensor save_rstd)");
     library.def(
+        "bn_act_again(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor save_mean, "
+        "Tensor save_rstd, bool relu) -> Tensor");
+    library.def(
         "bn_act_backward(Tensor grad, Tensor input, Tensor? output, Tensor? weight, Tensor? bias, "
         "Tensor save_mean, Tensor save_rstd, bool training, bool relu) "
         "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)");
@@ -126,12 +153,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, library) {
     library.impl("bn_act_forward", TORCH_BOX(&forward<OnCpu>));
+    library.impl("bn_act_again", TORCH_BOX(&again<OnCpu>));
     library.impl("bn_act_backward", TORCH_BOX(&backward<OnCpu>));
 }
 
 #if defined(FASTRES_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(fastres, CUDA, library) {
     library.impl("bn_act_forward", TORCH_BOX(&forward<OnCuda>));
+    library.impl("bn_act_again", TORCH_BOX(&again<OnCuda>));
     library.impl("bn_act_backward", TORCH_BOX(&backward<OnCuda>));
 }
 #endif

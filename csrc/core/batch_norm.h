@@ -27,6 +27,10 @@ struct ChannelVector {
     explicit constexpr operator bool() const { return data != nullptr; }
 };
 
+// Which mean and variance a forward pass normalises by: those of the batch, which it takes and saves; the
+// running ones, which it saves; or those that an earlier pass saved.
+enum class Statistics : int { batch = 0, running = 1, saved = 2 };
+
 // z = act((input - mean) * weight / sqrt(var + eps) + bias [+ residual])
 struct BnForward {
     Activation shape;
@@ -34,10 +38,10 @@ struct BnForward {
     const void* residual;  // null: no addition
     void* output;
     ChannelVector weight, bias;               // null: 1 and 0
-    ChannelVector running_mean, running_var;  // read in evaluation, updated in training, null: neither
+    ChannelVector running_mean, running_var;  // read for Statistics::running, updated for ::batch or null
     void* save_mean;                          // [channels], double on the CPU, float on CUDA
     void* save_rstd;                          // [channels], the same
-    bool training;                            // statistics of the batch, else the running ones
+    Statistics statistics;
     bool relu;
     double momentum, eps;
 };

@@ -132,7 +132,7 @@ class Forward {
 
     void run_rows() {
         const int64_t channels = shape_.channels;
-        if (args_.training) {
+        if (args_.statistics == Statistics::batch) {
             std::vector<Moments<double>> moments(cut_.tasks() * channels, Moments<double>{0, 0, 0});
             pool_.for_each(cut_.tasks(), [&](int64_t task) {
                 Scratch scratch(cut_.coefficients());
@@ -147,7 +147,7 @@ class Forward {
                 take_batch_statistics(c, total);
             }
         } else {
-            for (int64_t c = 0; c < channels; ++c) take_running_statistics(c);
+            for (int64_t c = 0; c < channels; ++c) take_given_statistics(c);
         }
         for (auto* values : {&coefficients_.mean, &coefficients_.scale, &coefficients_.shift})
             repeat(*values, channels);
@@ -162,11 +162,11 @@ class Forward {
             std::vector<Moments<double>> moments(cut_.share_coefficients());
             cut_.visit_shares(task, [&](const Share& share) {
                 const auto [begin, end] = share.channels;
-                if (args_.training) {
+                if (args_.statistics == Statistics::batch) {
                     take_moments(share, scratch, moments.data());
                     for (int64_t c = begin; c < end; ++c) take_batch_statistics(c, moments[c - begin]);
                 } else {
-                    for (int64_t c = begin; c < end; ++c) take_running_statistics(c);
+                    for (int64_t c = begin; c < end; ++c) take_given_statistics(c);
                 }
                 apply(share);
             });
@@ -237,15 +237,24 @@ class Forward {
         take(c, moments.mean, moments.m2 / moments.count);
     }
 
-    void take_running_statistics(int64_t c) {
-        take(c, read(args_.running_mean, c, 0), read(args_.running_var, c, 1));
+    void take_given_statistics(int64_t c) {
+        if (args_.statistics == Statistics::running) {
+            take(c, read(args_.running_mean, c, 0), read(args_.running_var, c, 1));
+        } else {
+            set_coefficients(c);
+        }
     }
 
     void take(int64_t c, double mean, double variance) {
-        const double rstd = bn_math::reciprocal_std(variance, args_.eps);
         static_cast<double*>(args_.save_mean)[c] = mean;
-        static_cast<double*>(args_.save_rstd)[c] = rstd;
-        coefficients_.set(c, mean, rstd, read(args_.weight, c, 1), read(args_.bias, c, 0));
+        static_cast<double*>(args_.save_rstd)[c] = bn_math::reciprocal_std(variance, args_.eps);
+        set_coefficients(c);
+    }
+
+    void set_coefficients(int64_t c) {
+        coefficients_.set(c, static_cast<const double*>(args_.save_mean)[c],
+                          static_cast<const double*>(args_.save_rstd)[c], read(args_.weight, c, 1),
+                          read(args_.bias, c, 0));
     }
 
     const BnForward& args_;

@@ -133,15 +133,19 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks) apply(Sweep sweep, BnF
     for (int64_t unit = blockIdx.x; unit < sweep.units(); unit += gridDim.x) {
         float map[3][channels];  // mean, scale, shift
         tile_coefficients<3, channels, channels_last>(sweep, unit, map, [&](int64_t c, float (&values)[3]) {
-            if (!args.training && sweep.slice(unit) == 0) {
-                save_mean[c] = read(args.running_mean, c, 0.0f);
-                save_rstd[c] = static_cast<float>(
+            float mean, rstd;
+            if (args.statistics == Statistics::running) {
+                mean = read(args.running_mean, c, 0.0f);
+                rstd = static_cast<float>(
                     bn_math::reciprocal_std<double>(read(args.running_var, c, 1.0f), args.eps));
+                if (sweep.slice(unit) == 0) {
+                    save_mean[c] = mean;
+                    save_rstd[c] = rstd;
+                }
+            } else {
+                mean = save_mean[c];
+                rstd = save_rstd[c];
             }
-            const float mean = args.training ? save_mean[c] : read(args.running_mean, c, 0.0f);
-            const float rstd = args.training ? save_rstd[c]
-                                             : static_cast<float>(bn_math::reciprocal_std<double>(
-                                                   read(args.running_var, c, 1.0f), args.eps));
             const ForwardMap forward = forward_map(args.weight, args.bias, c, mean, rstd);
             values[0] = forward.mean;
             values[1] = forward.scale;
@@ -182,7 +186,7 @@ void run(const BnForward& args, void* workspace, Stream stream) {
     using T = typename Access::Element;
     constexpr int width = Access::width;
     const Activation& shape = args.shape;
-    if (args.training) {
+    if (args.statistics == Statistics::batch) {
         double* partials = static_cast<double*>(workspace);
         const auto kernel = moments<T, width, channels_last>;
         const int64_t resident = resident_blocks(reinterpret_cast<const void*>(kernel));

@@ -93,7 +93,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = sites.conv_bn_act(self.conv1, self.bn1, self.relu, x, relu=True)
-        x = self.maxpool(x)
+        x = sites.max_pool(self.maxpool, x)
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)
