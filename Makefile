@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: test train lint build cuda bench clean
+.PHONY: test train lint build cuda bench gpu clean
 
 train: $(VENV)/.train
 	$(BIN)/fastres train $(ARGS)
@@ -25,7 +25,12 @@ cuda: $(VENV)/.tools
 	FASTRES_CUDA=on $(BIN)/pip install --no-build-isolation -e .
 
 bench: $(VENV)/.test
+	mkdir -p benchmarks/results
 	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/latest.json $(ARGS)
+
+# With a GPU: its tests, compute-sanitizer and its benchmarks. Without: compiles for one, and checks the rest.
+gpu: $(VENV)/.test
+	PYTHON=$(BIN)/python benchmarks/gpu.sh $(ARGS)
 
 $(VENV)/.tools:
 	$(PYTHON) -m venv $(VENV)

@@ -1,14 +1,14 @@
 """How near each fused op comes to the memory's limit, and how it compares with stock PyTorch.
 
-    python benchmarks/bandwidth.py [--dtypes fp32 bf16] [--all-shapes] [--contiguous] [--json results.json]
+    python benchmarks/bandwidth.py [--device cuda] [--batch 256] [--dtypes fp32 bf16] [--all-shapes]
+                                   [--contiguous] [--json results.json]
 
 Bytes moved per second, their share of what a copy of the same tensor reaches in the same run, and the time
-of stock PyTorch's ops over ours.
+of stock PyTorch's ops over ours. On a GPU each call begins with a cold L2 cache.
 """
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import time
@@ -17,41 +17,46 @@ from pathlib import Path
 import torch
 from cases import LARGE, OTHERS, cases, copies, input_of
 
-from fastres import _C
+from fastres.timing import Machine, clock_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
-def interleave(sides: dict, seconds: float, least: int = 7) -> dict[object, list[float]]:
+def interleave(
+    sides: dict, seconds: float, device: torch.device, least: int = 7
+) -> dict[object, list[float]]:
     """Seconds of each call, in rounds, for so many seconds and at least `least` rounds.
 
-    The order is drawn anew in each round: who runs second on the same tensors finds them in the caches.
+    The order is drawn anew in each round: who runs second on the same tensors finds them in a CPU's caches.
     """
-    times: dict[object, list[float]] = {name: [] for name in sides}
+    clock = clock_of(device)
+    marks: dict[object, list] = {name: [] for name in sides}
     for run in sides.values():
         run()
     order = random.Random(0)
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < least:
+    while time.perf_counter() < end or len(next(iter(marks.values()))) < least:
         for name in order.sample(list(sides), len(sides)):
-            start = time.perf_counter()
+            begin = clock.begin()
             sides[name]()
-            times[name].append(time.perf_counter() - start)
-    return times
+            marks[name].append((begin, clock.end()))
+    return {name: [clock.between(*mark) for mark in side] for name, side in marks.items()}
 
 
 def quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive")
 
 
-def measure(batch: int, size, dtype_name: str, channels_last: bool, seconds: float) -> list[dict]:
-    input = input_of(batch, size, DTYPES[dtype_name], channels_last)
+def measure(
+    batch: int, size, dtype_name: str, channels_last: bool, device: torch.device, seconds: float
+) -> list[dict]:
+    input = input_of(batch, size, DTYPES[dtype_name], channels_last, device)
     measured = cases(input)
     sides = {("copy", into): run for into, run in copies(input).items()}
     for case in measured:
         sides[case.op, case.direction, "fused"] = case.fused
         sides[case.op, case.direction, "stock"] = case.stock
-    times = interleave(sides, seconds)
+    times = interleave(sides, seconds, device)
     pass_bytes = input.numel() * input.element_size()
     rows = []
     for case in measured:
@@ -78,29 +83,9 @@ def measure(batch: int, size, dtype_name: str, channels_last: bool, seconds: flo
     return rows
 
 
-def machine() -> dict:
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        model = next(
-            (
-                line.split(":")[1].strip()
-                for line in cpuinfo.read_text().splitlines()
-                if "model name" in line
-            ),
-            model,
-        )
-    return {
-        "cpu": model,
-        "isa": _C.cpu_isa(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--all-shapes", action="store_true", help="ResNet-50's other shapes as well")
@@ -111,18 +96,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("bandwidth.py: --device cuda: PyTorch finds no CUDA device here")
 
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    about = machine()
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    device = torch.device(args.device)
     print("median (quartiles); share of what a copy reaches: into a fresh tensor, into one in place")
     heads = "".join(f"{head:19}" for head in ("of fresh copy", "of warm copy", "stock/fused"))
     print(f"{'op':12}{'':9}{'dtype':6}{'shape':15}{'GB/s':>6}  {heads}".rstrip())
     rows = []
     for size in LARGE + (OTHERS if args.all_shapes else []):
         for dtype in args.dtypes:
-            for row in measure(args.batch, size, dtype, not args.contiguous, args.seconds):
+            for row in measure(args.batch, size, dtype, not args.contiguous, device, args.seconds):
                 ratios = "".join(
                     f"{f'{middle:.2f} ({low:.2f}-{high:.2f})':19}"
                     for low, middle, high in (
@@ -137,7 +123,10 @@ def main() -> None:
                     flush=True,
                 )
                 rows.append(row)
+    machine = Machine.at_hand(device)
+    print(machine)
     if args.json:
+        about = {**machine.as_dict(), "date": time.strftime("%Y-%m-%d")}
         args.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
 
 

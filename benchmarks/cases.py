@@ -32,10 +32,10 @@ class Case:
 
 
 def input_of(
-    batch: int, size: tuple[int, int, int], dtype: torch.dtype, channels_last: bool
+    batch: int, size: tuple[int, int, int], dtype: torch.dtype, channels_last: bool, device: torch.device
 ) -> torch.Tensor:
     memory = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.randn(batch, *size).to(dtype).contiguous(memory_format=memory)
+    return torch.randn(batch, *size, device=device).to(dtype).contiguous(memory_format=memory)
 
 
 def copies(input: torch.Tensor) -> dict[str, Callable[[], object]]:
@@ -46,28 +46,44 @@ def copies(input: torch.Tensor) -> dict[str, Callable[[], object]]:
 
 def cases(input: torch.Tensor) -> list[Case]:
     kernels, aten = torch.ops.fastres, torch.ops.aten
-    channels = input.size(1)
+    channels, device = input.size(1), input.device
     residual, grad = torch.randn_like(input), torch.randn_like(input)
-    statistics = torch.zeros(channels), torch.ones(channels)
-    weight, bias = torch.rand(channels) + 0.5, torch.randn(channels)
+    statistics = torch.zeros(channels, device=device), torch.ones(channels, device=device)
+    weight = torch.rand(channels, device=device) + 0.5
+    bias = torch.randn(channels, device=device)
 
     def fused_forward(residual):
         return kernels.bn_act_forward(input, residual, *statistics, weight, bias, True, 0.1, 1e-5, True)
 
     def stock_forward(residual):
-        output, mean, rstd = torch.native_batch_norm(input, weight, bias, *statistics, True, 0.1, 1e-5)
+        # What torch.nn.functional.batch_norm calls: it chooses between PyTorch's own kernel and cuDNN's.
+        output, *saved = torch._batch_norm_impl_index(
+            input, weight, bias, *statistics, True, 0.1, 1e-5, torch.backends.cudnn.enabled
+        )
         if residual is not None:
             output += residual
-        return torch.relu_(output), mean, rstd
+        return torch.relu_(output), *saved
 
     def fused_backward(output, saved):
         return lambda: kernels.bn_act_backward(grad, input, output, weight, bias, *saved, True, True)
 
     def stock_backward(output, saved):
+        mean, rstd, reserve, implementation = saved
+
         def run():
             masked = aten.threshold_backward(grad, output, 0)
-            gradients = aten.native_batch_norm_backward(
-                masked, input, weight, *statistics, *saved, True, 1e-5, [True] * 3
+            gradients = aten._batch_norm_impl_index_backward(
+                implementation,
+                input,
+                masked,
+                weight,
+                *statistics,
+                mean,
+                rstd,
+                True,
+                1e-5,
+                [True] * 3,
+                reserve,
             )
             return masked, gradients
 

@@ -18,22 +18,22 @@ def size(request):
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def input(request, size):
+def input(request, size, device):
     torch.manual_seed(0)
-    return input_of(16, size, request.param, channels_last=True)
+    return input_of(16, size, request.param, channels_last=True, device=device)
 
 
 @pytest.mark.parametrize("side", ["fused", "stock"])
 @pytest.mark.parametrize("op, direction", OPS)
-def test_op(benchmark, input, op, direction, side):
+def test_op(benchmark, timed, input, op, direction, side):
     case = next(c for c in cases(input) if (c.op, c.direction) == (op, direction))
     benchmark.group = f"{op} {direction} {tuple(input.shape)} {input.dtype}"
     benchmark.extra_info["bytes"] = case.passes * input.numel() * input.element_size()
-    benchmark(getattr(case, side))
+    timed(getattr(case, side))
 
 
 @pytest.mark.parametrize("into", ["fresh", "warm"])
-def test_copy(benchmark, input, into):
+def test_copy(benchmark, timed, input, into):
     benchmark.group = f"copy {tuple(input.shape)} {input.dtype}"
     benchmark.extra_info["bytes"] = 2 * input.numel() * input.element_size()
-    benchmark(copies(input)[into])
+    timed(copies(input)[into])

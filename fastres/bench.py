@@ -58,8 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    threads = torch.get_num_threads()
+    threads, cudnn_benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
     try:
+        torch.backends.cudnn.benchmark = True  # stock PyTorch at its best: warming up tries the algorithms
         result = _measure(arguments)
         _print(result)
         if arguments.json is not None:
@@ -72,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 130
     finally:
         torch.set_num_threads(threads)
+        torch.backends.cudnn.benchmark = cudnn_benchmark
     return 0
 
 
@@ -87,6 +89,7 @@ def _measure(arguments: argparse.Namespace) -> dict:
         for variant in variants.values():
             variant.warm_up(advance)
         seconds = interleave({n: v.step for n, v in variants.items()}, rounds, device, advance)
+        machine = Machine.at_hand(device)  # now, while the GPU still has its clocks
         breakdown = {}
         if arguments.breakdown:
             for name, variant in variants.items():
@@ -96,14 +99,14 @@ def _measure(arguments: argparse.Namespace) -> dict:
                     breakdown[name]["saved_bytes"] = variant.saved_bytes()
                 advance()
     settings = {name: getattr(arguments, name) for name in _SETTINGS}
-    return _result(settings, Machine.at_hand(device), seconds, breakdown, variants["fused"].unfused)
+    return _result(settings, machine, seconds, breakdown, variants)
 
 
 _SETTINGS = ("model", "batch", "image_size", "dtype", "device", "mode", "contiguous", "repeat")
 
 
 def _result(
-    settings: dict, machine: Machine, seconds: Seconds, breakdown: dict, unfused: dict[str, int]
+    settings: dict, machine: Machine, seconds: Seconds, breakdown: dict, variants: dict[str, "Variant"]
 ) -> dict:
     """What is written as JSON, and what is printed of it."""
     spreads = {name: asdict(Spread.of(times)) for name, times in seconds.items()}
@@ -116,6 +119,7 @@ def _result(
                 "images_per_second": settings["batch"] / spreads[name]["median"],
                 "seconds": spreads[name],
                 "seconds_by_round": seconds[name],
+                **({"peak_bytes": variants[name].peak_bytes} if variants[name].peak_bytes else {}),
                 **({"breakdown": breakdown[name]} if breakdown else {}),
             }
             for name in seconds
@@ -123,7 +127,7 @@ def _result(
         "speedup": {
             name: {**asdict(Spread.of(values)), "by_round": values} for name, values in stock.items()
         },
-        "unfused": unfused,
+        "unfused": variants["fused"].unfused,
     }
 
 
@@ -177,6 +181,7 @@ class Variant:
         self.training = arguments.mode == "train"
         self.bf16 = arguments.dtype == "bf16"
         self.unfused: dict[str, int] = {}  # why sites ran stock, and how many of them
+        self.peak_bytes = 0  # of GPU memory in a step: this variant's own state and what the step adds
         layout = torch.contiguous_format if arguments.contiguous else torch.channels_last
         generator = torch.Generator().manual_seed(0)
         size = arguments.image_size
@@ -203,7 +208,8 @@ class Variant:
                 self.step()
             advance()
             for _ in range(_WARM_UP - 1):
-                self.step()
+                with self._watch_memory():
+                    self.step()
                 advance()
         except (ValueError, RuntimeError) as error:
             message = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -239,6 +245,21 @@ class Variant:
         loss.backward()
         return sum(storages.values())
 
+    @contextlib.contextmanager
+    def _watch_memory(self) -> Iterator[None]:
+        if self.device.type != "cuda":
+            yield
+            return
+        parameters = list(self.model.parameters())
+        tensors = [self.images, self.labels, *parameters, *self.model.buffers()]
+        tensors += [p.grad for p in parameters]
+        tensors += [t for state in self.optimizer.state.values() for t in state.values()]
+        own = sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor) and t.is_cuda)
+        others = torch.cuda.memory_allocated(self.device) - own
+        torch.cuda.reset_peak_memory_stats(self.device)
+        yield
+        self.peak_bytes = torch.cuda.max_memory_allocated(self.device) - others
+
     def _loss(self) -> Tensor:
         with self._context():
             return F.cross_entropy(self.forward(self.images), self.labels)
@@ -253,7 +274,8 @@ class Variant:
 # ---------------------------------------------------------------------------------------------------------
 # where the time goes
 
-_CONVOLUTION = re.compile(r"(aten|mkldnn|onednn)::\w*(convolution|conv[123]d)")
+# Ours with what is fused into them.
+_CONVOLUTION = re.compile(r"(aten|mkldnn|onednn)::\w*(convolution|conv[123]d)|fastres::conv_")
 _LINEAR = re.compile(r"(aten|mkldnn|onednn)::\w*(linear|addmm|mm|matmul)")
 
 
@@ -328,9 +350,13 @@ def _print(result: dict) -> None:
         f"{'contiguous' if settings['contiguous'] else 'channels_last'}, {settings['device']}"
     )
     print(Machine(**result["machine"]))
-    print(f"\n{'':8}{'s/step':>9}{'images/s':>10}   fused is faster by (quartiles of {settings['repeat']})")
+    peak = f"{'peak MB':>10}" if settings["device"] == "cuda" else ""
+    quartiles = f"quartiles of {settings['repeat']}"
+    print(f"\n{'':8}{'ms/step':>10}{'images/s':>10}{peak}   fused is faster by ({quartiles})")
     for name, variant in result["variants"].items():
-        line = f"{name:8}{variant['seconds']['median']:9.4f}{variant['images_per_second']:10.1f}"
+        line = f"{name:8}{variant['seconds']['median'] * 1e3:10.2f}{variant['images_per_second']:10.1f}"
+        if peak:
+            line += f"{variant['peak_bytes'] / 1e6:10.1f}"
         if name in result["speedup"]:
             speedup = result["speedup"][name]
             line += f"   {speedup['median']:.2f}x ({speedup['low']:.2f} to {speedup['high']:.2f})"
@@ -343,9 +369,9 @@ def _print(result: dict) -> None:
 
 
 def _print_breakdown(breakdowns: dict[str, dict]) -> None:
-    print(f"\n{'s/step, profiled':18}" + "".join(f"{name:>10}" for name in breakdowns))
+    print(f"\n{'ms/step, profiled':18}" + "".join(f"{name:>10}" for name in breakdowns))
     for part in _PARTS:
-        row = "".join(f"{breakdown['seconds'][part]:10.4f}" for breakdown in breakdowns.values())
+        row = "".join(f"{breakdown['seconds'][part] * 1e3:10.2f}" for breakdown in breakdowns.values())
         print(f"{part:18}{row}")
     _print_shares("  of stock's", {n: b["seconds"]["the rest"] for n, b in breakdowns.items()})
     saved = {name: breakdown.get("saved_bytes") for name, breakdown in breakdowns.items()}

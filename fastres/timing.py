@@ -7,6 +7,7 @@ quartiles are its spread; a ratio of two medians would hide a drift.
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -41,8 +42,9 @@ def interleave(
 ) -> Seconds:
     """Call the variants in turn, A B C A B C ..., and time each call.
 
-    On a CUDA device the calls are enqueued one behind the other with events between them; nothing waits for
-    the device before the last one, so that a call pays for its launches only where the device runs dry.
+    On a CUDA device the calls are enqueued one behind the other, each between two events and with the L2
+    cache flushed before it; nothing waits for the device before the last one, so that a call pays for its
+    launches only where the device runs dry.
 
     Args:
         variants: functions by name, warmed up.
@@ -53,13 +55,13 @@ def interleave(
     Returns:
         Seconds of each call.
     """
-    clock = _CudaClock() if device.type == "cuda" else _WallClock()
+    clock = clock_of(device)
     marks = []
     for _ in range(rounds):
         for name, call in variants.items():
-            begin = clock.now()
+            begin = clock.begin()
             call()
-            marks.append((name, begin, clock.now()))
+            marks.append((name, begin, clock.end()))
             after_each()
     seconds: Seconds = {name: [] for name in variants}
     for name, begin, end in marks:
@@ -73,15 +75,28 @@ def ratios(seconds: Seconds, numerator: str, denominator: str) -> list[float]:
 
 
 class _WallClock:
-    def now(self) -> float:
+    def begin(self) -> float:
         return time.perf_counter()
+
+    end = begin
 
     def between(self, begin: float, end: float) -> float:
         return end - begin
 
 
 class _CudaClock:
-    def now(self) -> torch.cuda.Event:
+    """Marks in the current stream, to be told apart only once all calls are enqueued."""
+
+    def __init__(self, device: torch.device) -> None:
+        # Four times the cache, and so much that a host enqueues the timed call while this is read.
+        numel = max(4 * torch.cuda.get_device_properties(device).L2_cache_size, 2**28) // 4
+        self._cold = torch.zeros(numel, device=device)
+
+    def begin(self) -> torch.cuda.Event:
+        self._cold.sum()  # read, not written: dirty lines would be written back in the timed call's time
+        return self.end()
+
+    def end(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -89,6 +104,11 @@ class _CudaClock:
     def between(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
+
+
+def clock_of(device: torch.device) -> _WallClock | _CudaClock:
+    """begin() before a call, end() after it, and between(begin, end) for the seconds that it took."""
+    return _CudaClock(device) if device.type == "cuda" else _WallClock()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -104,6 +124,7 @@ class Machine:
         amx: whether the CPU shows its matrix unit, which oneDNN's bf16 convolutions live by.
         threads: of PyTorch's CPU ops.
         gpu: its name, "" where the device is the CPU.
+        gpu_clocks: of the moment, so ask right after the work; "" where nvidia-smi does not tell.
     """
 
     cpu: str
@@ -112,6 +133,7 @@ class Machine:
     amx: bool
     threads: int
     gpu: str
+    gpu_clocks: str
     torch: str
     fastres: str
 
@@ -119,6 +141,8 @@ class Machine:
     def at_hand(cls, device: torch.device) -> "Machine":
         from fastres import _C
 
+        cuda = device.type == "cuda"
+        gpu_clocks = _gpu_clocks(device) if cuda else ""  # first: an idle GPU lowers them
         flags, cpu = _cpu_info()
         usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return cls(
@@ -127,13 +151,14 @@ class Machine:
             isa=_C.cpu_isa(),
             amx="amx_tile" in flags,
             threads=torch.get_num_threads(),
-            gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else "",
+            gpu=torch.cuda.get_device_name(device) if cuda else "",
+            gpu_clocks=gpu_clocks,
             torch=torch.__version__,
             fastres=_C.build_info()["version"],
         )
 
     def __str__(self) -> str:
-        parts = [self.gpu] if self.gpu else []
+        parts = [part for part in (self.gpu, self.gpu_clocks) if part]
         parts += [
             f"{self.cpu}, {self.cores} cores, {self.threads} threads",
             f"{self.isa}, {'AMX' if self.amx else 'no AMX'}",
@@ -153,3 +178,15 @@ def _cpu_info() -> tuple[set[str], str]:
         return set(), platform.processor() or platform.machine()
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     return set(fields.get("flags", "").split()), fields.get("model name") or platform.machine()
+
+
+def _gpu_clocks(device: torch.device) -> str:
+    query = "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem"
+    uuid = torch.cuda.get_device_properties(device).uuid
+    command = ["nvidia-smi", "-i", f"GPU-{uuid}", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        sm, most_sm, memory, most_memory = (field.strip() for field in answer.split(","))
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return ""
+    return f"{sm} of {most_sm} MHz, memory {memory} of {most_memory} MHz"

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,9 +36,10 @@ def run(*words):
 
 
 @pytest.mark.parametrize("mode", ["train", "infer"])
-def test_writes_what_it_measured(mode, tmp_path, capsys):
+def test_writes_what_it_measured(mode, device, tmp_path, capsys):
     path = tmp_path / "out.json"
-    assert run("--mode", mode, "--dtype", "bf16", "--breakdown", "--json", str(path)) == 0
+    words = f"--device {device} --mode {mode} --dtype bf16 --breakdown --json {path}"
+    assert run(*words.split()) == 0
     result = json.loads(path.read_text())
     fused, eager = (result["variants"][name]["seconds_by_round"] for name in ("fused", "eager"))
     assert len(fused) == len(eager) == 2 and min(*fused, *eager) > 0
@@ -49,7 +51,9 @@ def test_writes_what_it_measured(mode, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [path]  # no temporary file is left
     printed = capsys.readouterr().out
     assert f"{speedup['median']:.2f}x" in printed and result["machine"]["cpu"] in printed
+    assert bool(result["machine"]["gpu"]) == (device == "cuda")
     for variant in result["variants"].values():
+        assert ("peak_bytes" in variant) == (device == "cuda")
         seconds = variant["breakdown"]["seconds"]
         assert min(seconds["convolution"], seconds["linear"], seconds["the rest"]) > 0
         assert (seconds["optimizer"] > 0) == (mode == "train")
@@ -180,6 +184,32 @@ def test_restores_the_number_of_threads():
     assert torch.get_num_threads() == before
 
 
+def test_lets_cudnn_choose_its_algorithms_while_it_measures(monkeypatch):
+    seen, step = [], bench.Variant.step
+
+    def watched(variant):
+        seen.append(torch.backends.cudnn.benchmark)
+        step(variant)
+
+    monkeypatch.setattr(bench.Variant, "step", watched)
+    assert not torch.backends.cudnn.benchmark
+    assert run() == 0
+    assert seen and all(seen) and not torch.backends.cudnn.benchmark
+
+
+def test_peak_memory_leaves_out_what_is_not_the_variants(device):
+    variant = bench.Variant("eager", arguments("--device", device, "--batch", "64"))
+    variant.warm_up()
+    if device == "cpu":
+        assert variant.peak_bytes == 0
+        return
+    alone = variant.peak_bytes
+    assert alone > variant.saved_bytes()
+    _others = torch.empty(2**28, dtype=torch.uint8, device=device)
+    variant.warm_up()
+    assert variant.peak_bytes == pytest.approx(alone, rel=0.05)
+
+
 def test_variants_take_turns(monkeypatch):
     now = iter(range(100))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now))
@@ -198,6 +228,64 @@ def test_variants_take_turns(monkeypatch):
     assert calls == ["fast", "slow"] * 3
     assert seconds == {"fast": [2, 2, 2], "slow": [6, 6, 6]}
     assert timing.ratios(seconds, "slow", "fast") == [3, 3, 3]
+
+
+class Event:
+    """A torch.cuda.Event that notes in `log` what it is asked, and lies one millisecond after the last."""
+
+    log: list[str] = []
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.log.append("event")
+        self.at = self.log.count("event")
+
+    def synchronize(self):
+        self.log.append("wait")
+
+    def elapsed_time(self, end):
+        return float(end.at - self.at)
+
+
+def test_on_cuda_each_call_finds_a_cold_cache_and_nothing_waits_before_the_last(monkeypatch):
+    log = []
+    cold = SimpleNamespace(sum=lambda: log.append("flush"))
+    sizes = []
+
+    def zeros(numel, device):
+        sizes.append(4 * numel)
+        return cold
+
+    l2 = 100 * 2**20
+    monkeypatch.setattr(Event, "log", log)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=l2))
+    monkeypatch.setattr(torch, "zeros", zeros)
+    variants = {name: lambda name=name: log.append(name) for name in ("a", "b")}
+    seconds = timing.interleave(variants, rounds=2, device=torch.device("cuda"))
+    call_a, call_b = (["flush", "event", name, "event"] for name in ("a", "b"))
+    assert log == 2 * (call_a + call_b) + 4 * ["wait"]
+    assert seconds == {"a": [1e-3] * 2, "b": [1e-3] * 2}
+    assert sizes == [4 * l2]
+
+
+@pytest.mark.parametrize(
+    "script, told",
+    [
+        ("echo 1755, 1980, 2619, 2620", "1755 of 1980 MHz, memory 2619 of 2620 MHz"),
+        ("echo no such device; exit 6", ""),
+        ("echo", ""),
+    ],
+)
+def test_tells_the_gpus_clocks_where_nvidia_smi_does(script, told, tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n[ $2 = GPU-12-34 ] || exit 1\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="12-34"))
+    assert timing._gpu_clocks(torch.device("cuda")) == told
 
 
 def test_spread_is_median_and_quartiles():

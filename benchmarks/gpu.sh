@@ -1,0 +1,171 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one run: build, tests, compute-sanitizer, benchmarks, and a table last.
+#
+#   benchmarks/gpu.sh [--quick] [--dry-run]
+#
+#   --quick    without torch.compile and with fewer shapes: at most 4 minutes, else at most 9 (on 16 cores)
+#   --dry-run  what a machine without a GPU can do, and what such a machine does anyway: compile for sm_90a,
+#              report each kernel's registers and spills, and run every command line on the CPU at toy sizes
+#
+# A stage that fails or runs out of time does not stop the later ones; the exit status is then 1. Writes
+# <card>-<date>.json and .log into $OUT (default: benchmarks/results). $PYTHON (default: python3) needs torch,
+# pybind11, CMake, ninja and pytest; nothing is installed. The library is built in place, for this card alone.
+# Needs bash 5, nvcc and compute-sanitizer.
+set -euo pipefail
+
+quick='' dry_run=''
+for word in "$@"; do
+    case $word in
+        --quick) quick=yes ;;
+        --dry-run) dry_run=yes ;;
+        -h | --help)
+            sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0"
+            exit
+            ;;
+        *)
+            echo "gpu.sh: unknown argument '$word'; there are --quick, --dry-run and --help" >&2
+            exit 2
+            ;;
+    esac
+done
+
+results=${OUT:+$(realpath -m "$OUT")}
+python=$(realpath -s "$(command -v "${PYTHON:-python3}")")
+cd "$(dirname "$0")/.."
+results=${results:-$PWD/benchmarks/results}
+export PATH=${python%/*}:$PATH:/usr/local/cuda/bin PYTHONPATH=$PWD
+if ! command -v nvcc >/dev/null; then
+    echo "gpu.sh: there is no nvcc on the PATH" >&2
+    exit 2
+fi
+scratch=$PWD/build/gpu
+rm -rf "$scratch"
+mkdir -p "$scratch" "$results"
+
+# ---------------------------------------------------------------------------------------------------------
+# the card
+
+query=name,compute_cap,memory.total
+if card=$(nvidia-smi -i 0 --query-gpu="$query" --format=csv,noheader,nounits 2>/dev/null); then
+    IFS=, read -r name capability memory <<<"${card//, /,}"
+    echo "$name"
+else
+    name=dry-run capability=9.0 memory=0 dry_run=yes
+    echo "nvidia-smi finds no GPU: a dry run"
+fi
+architecture=${capability/./}
+[[ $architecture != 90 ]] || architecture=90a
+batch=$((memory > 60000 ? 256 : 64))
+budget=530
+[[ -z $quick ]] || budget=230
+output=$results/$(tr -cs '[:alnum:]\n' - <<<"${name,,}")-$(date +%F)
+if [[ -n $dry_run ]]; then
+    budget=3600
+    output=$PWD/build/gpu-dry-run # its figures are no measurements
+    export TORCHDYNAMO_DISABLE=1
+fi
+: >"$output.log"
+
+# ---------------------------------------------------------------------------------------------------------
+# stages
+
+declare -A pids=()
+failed='' unrun='' passed=ok
+
+# start STAGE LIMIT COMMAND...: beside what runs already, for LIMIT seconds and not past the budget.
+start() {
+    local stage=$1 limit=$2 left=$((budget - SECONDS))
+    shift 2
+    if [[ -n $dry_run ]] || ((limit > left)); then limit=$left; fi
+    ((limit > 0)) || limit=1
+    echo "\$ $*" >"$scratch/$stage.log"
+    timeout --kill-after=10 "$limit" "$@" >>"$scratch/$stage.log" 2>&1 </dev/null &
+    pids[$stage]=$!
+}
+
+# finish STAGE...: waits for them and tells how they ended.
+finish() {
+    local stage status outcome log last ended seconds began=$EPOCHSECONDS
+    for stage in "$@"; do
+        status=0
+        wait "${pids[$stage]}" || status=$?
+        log=$scratch/$stage.log
+        ended=$(stat -c %Y "$log") # with its last word
+        case $status in
+            0) outcome=$passed ;;
+            124 | 137) outcome="FAILED, out of time" failed=yes ended=$EPOCHSECONDS ;;
+            *) outcome="FAILED with status $status" failed=yes ;;
+        esac
+        seconds=$((ended - began))
+        last=$(tail -n 1 "$log" | tr -d '\t' | cut -c 1-80)
+        cat "$log" >>"$output.log"
+        printf '%s\t%s\t%s\t%s\n' "$stage" "$outcome" "$seconds" "$last" >>"$scratch/stages.tsv"
+        printf '%-20s %4s s  %-8s %s\n' "$stage" "$seconds" "$outcome" "$last"
+        [[ $outcome != FAILED* ]] || tail -n +2 "$log" | tail -n 12 | cut -c 1-160 | sed 's/^/    | /'
+        [[ $outcome != checked ]] || unrun+=" $stage"
+    done
+    report >/dev/null || true # so that a run that is killed has left something
+}
+
+report() {
+    "$python" benchmarks/gpu_report.py "$scratch" --json "$output.json" ${dry_run:+--kernels}
+}
+
+trap 'jobs -p | xargs -r kill; exit 130' INT TERM
+
+# ptxas reports only what it compiles, and a library of an earlier build would be taken for this one.
+rm -f build/*/CMakeFiles/_C.dir/csrc/cuda/*.o fastres/_C*.so
+start build 240 env FASTRES_CUDA=on FASTRES_CUDA_ARCHS="$architecture" \
+    NVCC_APPEND_FLAGS='-Xptxas=-v -lineinfo' "$python" setup.py -q build_ext --inplace
+finish build
+start doctor 60 "$python" -m fastres doctor
+finish doctor
+
+# Correctness: side by side, as nothing here is timed.
+mapfile -t files < <(grep -lw device tests/test_*.py)
+tests=("$python" -m pytest -m cuda -p no:cacheprovider "${files[@]}")
+cases=("$python" benchmarks/sanitizer_cases.py)
+tools=(memcheck racecheck initcheck synccheck)
+if [[ -n $dry_run ]]; then
+    passed=checked
+    start tests 0 "${tests[@]}" --collect-only
+    for tool in "${tools[@]}"; do start "$tool" 0 "${cases[@]}" --device cpu; done
+else
+    start tests 180 "${tests[@]}"
+    for tool in "${tools[@]}"; do
+        start "$tool" 150 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+            compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 20 "${cases[@]}"
+    done
+fi
+finish tests "${tools[@]}"
+
+# Speed: one after the other. In a dry run the last word on each option is a small one.
+small=() toy=()
+if [[ -n $dry_run ]]; then
+    small=(--device cpu --batch 1 --seconds 0.01 --threads 1)
+    toy=(--device cpu --model cifar_resnet20 --batch 2 --image-size 32 --repeat 2 --threads 1)
+fi
+bandwidth=("$python" benchmarks/bandwidth.py --device cuda --batch "$batch" --seconds 1)
+shapes=(--dtypes bf16 fp16 fp32 --all-shapes)
+against=eager,compile
+if [[ -n $quick ]]; then
+    shapes=(--dtypes bf16)
+    against=eager
+fi
+start channels_last 90 "${bandwidth[@]}" "${shapes[@]}" --json "$scratch/channels_last.json" "${small[@]}"
+finish channels_last
+start contiguous 30 "${bandwidth[@]}" --dtypes bf16 --contiguous --json "$scratch/contiguous.json" "${small[@]}"
+finish contiguous
+bench=("$python" -m fastres bench --device cuda --dtype bf16 --batch "$batch" --repeat 20 --against "$against")
+for model in resnet50 resnet18; do
+    for mode in train infer; do
+        start "$model-$mode" 150 "${bench[@]}" --model "$model" --mode "$mode" \
+            --json "$scratch/$model-$mode.json" "${toy[@]}"
+        finish "$model-$mode"
+    done
+done
+
+echo
+report || failed=yes
+[[ -z $unrun ]] || echo "For want of a GPU only the command lines were checked of:$unrun"
+[[ -z $failed ]]
