@@ -18,7 +18,18 @@ if TYPE_CHECKING:
 FACTOR = 1.5  # how many times as far from float64 as stock PyTorch's an op's result may be
 _LEAST_TORCH = (2, 10)
 _PACKAGE = Path(__file__).parent
-_KERNELS = ("bn_act_forward", "bn_act_backward", "add_relu_forward", "add_relu_backward")
+_KERNELS = (
+    "bn_act_forward",
+    "bn_act_again",
+    "bn_act_backward",
+    "add_relu_forward",
+    "add_relu_backward",
+    "conv_forward",
+    "conv_backward_input",
+    "conv_backward_weight",
+    "conv_bn_act_forward",
+    "conv_bn_act_backward",
+)
 _OPS = ("bn_relu", "bn_add_relu", "batch_norm", "add_relu", "conv_bn_relu")
 
 
@@ -140,7 +151,8 @@ def _registered(kernels: int) -> int:
 # the self-test of an op
 
 # Each channel's coefficients are rounded once, so that only the errors of many channels are more than luck.
-_SHAPE = (4, 24, 9, 7)
+# And only convolutions of many pixels run on kernels of ours.
+_SHAPE = (8, 24, 9, 8)
 _DRAWS = 4
 
 

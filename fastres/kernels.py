@@ -66,7 +66,7 @@ def _(grad, output):
     return torch.empty_like(output)
 
 
-def _in_layout_of(grad: Tensor, input: Tensor) -> Tensor:
+def in_layout_of(grad: Tensor, input: Tensor) -> Tensor:
     """`grad` in the dtype and memory layout of `input`, which is how the kernels take it."""
     if grad.dtype == input.dtype and same_layout(grad, input):
         return grad
@@ -84,13 +84,8 @@ class _BnAct(torch.autograd.Function):
             )
         statistics += mean, rstd
         ctx.set_materialize_grads(False)
-        ctx.training, ctx.relu, ctx.has_residual = training, rest[-1], residual is not None
-        # With a residual the mask cannot be recomputed from input alone. It is taken from the output, which
-        # is kept, or made again from the residual where some other layer keeps that.
-        ctx.keeps_output = ctx.relu and ctx.has_residual and not _is_kept(residual)
-        ctx.keeps_residual = ctx.relu and ctx.has_residual and not ctx.keeps_output
-        ctx.unpacked = ctx.output_again = None
-        kept = output if ctx.keeps_output else residual if ctx.keeps_residual else None
+        ctx.training = training
+        kept = keep_for_mask(ctx, output, residual, rest[-1])
         ctx.save_for_backward(input, kept, weight, bias, mean, rstd)
         return output
 
@@ -98,11 +93,11 @@ class _BnAct(torch.autograd.Function):
     def backward(ctx, grad):
         if grad is None:
             return (None,) * 11
-        input, output, weight, bias, mean, rstd = _unpack(ctx)
+        input, output, weight, bias, mean, rstd = unpack(ctx)
         if ctx.keeps_residual:
             output = make_again(ctx)
-        ctx.unpacked = ctx.output_again = None
-        grad = _in_layout_of(grad, input)
+        forget(ctx)
+        grad = in_layout_of(grad, input)
         arguments = (grad, input, output, weight, bias, mean, rstd, ctx.training, ctx.relu)
         if torch.is_grad_enabled():  # a second derivative may be asked for
             grad_input, grad_residual, grad_weight, grad_bias = _bn_act_backward(*arguments)
@@ -124,13 +119,34 @@ class _BnAct(torch.autograd.Function):
         )
 
 
-_BnActNode = _BnAct._backward_cls
+# ---------------------------------------------------------------------------------------------------------
+# outputs that are made again, of bn_act and of fastres.convolution
+
+_node_types = {_BnAct._backward_cls}
+
+
+def register_node(function: type[torch.autograd.Function]) -> None:
+    """Of a function that begins with keep_for_mask, and saves what make_again unpacks."""
+    _node_types.add(function._backward_cls)
 
 
 def node_of(output: Tensor):
-    """The autograd node of bn_act whose output this is, unchanged; None if it is none."""
+    """The autograd node whose output this is, unchanged, if make_again can make it; else None."""
     node = output.grad_fn
-    return node if type(node) is _BnActNode and output._version == 0 else None
+    return node if type(node) in _node_types and output._version == 0 else None
+
+
+def keep_for_mask(node, output: Tensor, residual: Tensor | None, relu: bool) -> Tensor | None:
+    """Which tensor the node keeps for the gradient of its ReLU, none where its mask can be recomputed.
+
+    With a residual the mask is taken from the output, which is kept, or made again from the residual where
+    some other layer keeps that.
+    """
+    node.relu, node.has_residual = relu, residual is not None
+    node.keeps_output = relu and node.has_residual and not _is_kept(residual)
+    node.keeps_residual = relu and node.has_residual and not node.keeps_output
+    node.unpacked = node.output_again = None
+    return output if node.keeps_output else residual if node.keeps_residual else None
 
 
 def _is_kept(residual: Tensor) -> bool:
@@ -138,18 +154,29 @@ def _is_kept(residual: Tensor) -> bool:
     return node is not None and node.keeps_output
 
 
-def _unpack(node) -> tuple[Tensor | None, ...]:
-    # Once for the layer that uses the output and the node itself: activation checkpointing insists on it.
-    if node.unpacked is None:
-        node.unpacked = node.saved_tensors
-    return node.unpacked
+def unpack(node) -> tuple[Tensor | None, ...]:
+    """What the node saved, taken once in a backward pass: activation checkpointing insists on it.
+
+    The node itself asks, and the layer that uses its output. A later pass asks autograd anew, which checks
+    that nothing was changed in the meantime.
+    """
+    task = torch._C._current_graph_task_id()
+    if node.unpacked is None or node.unpacked[0] != task:
+        node.unpacked, node.output_again = (task, node.saved_tensors), None
+        if task != -1:  # the node itself may not be asked in this pass
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: forget(node))
+    return node.unpacked[1]
+
+
+def forget(node) -> None:
+    node.unpacked = node.output_again = None
 
 
 def make_again(node) -> Tensor:
-    """The output of a node of bn_act, from what the node saved."""
+    """The output of a node, from what the node saved."""
+    input, residual, weight, bias, mean, rstd = unpack(node)[:6]
     if node.output_again is not None:
         return node.output_again
-    input, residual, weight, bias, mean, rstd = _unpack(node)
     with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
         output = _bn_act_again(
             input, residual if node.keeps_residual else None, weight, bias, mean, rstd, node.relu
@@ -159,17 +186,20 @@ def make_again(node) -> Tensor:
     return output
 
 
+def count_update(*statistics: Tensor | None) -> None:
+    """What autograd checks when a saved tensor was changed in place afterwards."""
+    for tensor in statistics:
+        if tensor is not None:
+            torch.autograd.graph.increment_version(tensor)
+
+
 def bn_act(input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu):
     """fastres::bn_act_forward from its autograd down, without the dispatcher on the way there.
 
     Returns output, mean, rstd.
     """
     if training:
-        # What autograd checks when a saved tensor was changed in place afterwards.
-        if running_mean is not None:
-            torch.autograd.graph.increment_version(running_mean)
-        if running_var is not None:
-            torch.autograd.graph.increment_version(running_var)
+        count_update(running_mean, running_var)
     arguments = (input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(input, residual, weight, bias):
         statistics = []
@@ -238,7 +268,7 @@ def _add_relu_setup(ctx, inputs, output):
 
 def _add_relu_gradient(ctx, grad):
     (output,) = ctx.saved_tensors
-    grad_sum = _add_relu_backward(_in_layout_of(grad, output), output)
+    grad_sum = _add_relu_backward(in_layout_of(grad, output), output)
     return grad_sum, grad_sum
 
 
@@ -254,7 +284,7 @@ def _add_relu_backward_setup(ctx, inputs, output):
 def _add_relu_double_gradient(ctx, grad):
     # The mask is a constant: the derivative of a masked product is the same mask again.
     (output,) = ctx.saved_tensors
-    return _add_relu_backward(_in_layout_of(grad, output), output), None
+    return _add_relu_backward(in_layout_of(grad, output), output), None
 
 
 torch.library.register_autograd(

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastres import composed
+from fastres import composed, convolution
 from fastres.kernels import CUDA, accumulation_dtype, bn_act, is_channels_last, library, same_layout
-from fastres.recompute import call_without_keeping
+from fastres.recompute import call_without_keeping, call_without_keeping_values
 
 __all__ = ["add_relu", "batch_norm", "bn_add_relu", "bn_relu", "conv_bn_relu"]
 
@@ -293,6 +293,12 @@ def conv_bn_relu(
     if activation not in ("relu", None):
         raise ValueError(f"fastres::conv_bn_relu: activation is {activation!r}, expected 'relu' or None")
     relu = activation == "relu"
+    tensors = (input, weight, residual, running_mean, running_var, bn_weight, bn_bias, conv_bias)
+    by, dtype = None, input.dtype
+    if not _is_special(*tensors) and not _is_traced():
+        dtype = convolution.compute_dtype(input)
+        by = convolution.geometry(stride, padding, dilation)
+    by = by if convolution.covers(input, weight, groups, by, dtype) else None
     if (
         not training
         and running_mean is not None
@@ -304,11 +310,38 @@ def conv_bn_relu(
             folded_weight, folded_bias = composed.fold_batch_norm(
                 weight, conv_bias, running_mean, running_var, bn_weight, bn_bias, eps
             )
+            if by is not None and (residual is None or _fits(residual, input, weight, by, dtype)):
+                return convolution.conv_act(input, folded_weight, folded_bias, residual, by, dtype, relu)
             output = F.conv2d(input, folded_weight, folded_bias, stride, padding, dilation, groups)
             if residual is not None:
                 _check_residual("conv_bn_relu", "residual", residual, output)
                 return add_relu(output, residual) if relu else output + residual
             return output.relu_() if relu else output
+    if (
+        by is not None
+        and training
+        and conv_bias is None
+        and (residual is None or _fits(residual, input, weight, by, dtype))
+        and all(
+            vector is None or _is_channel_vector(vector, weight.size(0), dtype)
+            for vector in (running_mean, running_var, bn_weight, bn_bias)
+        )
+        and isinstance(momentum, (int, float))
+    ):
+        return call_without_keeping_values(
+            convolution.conv_bn_act,
+            input.to(dtype),
+            weight,
+            residual,
+            running_mean,
+            running_var,
+            bn_weight,
+            bn_bias,
+            *by,
+            momentum,
+            eps,
+            relu,
+        )
     output = call_without_keeping(F.conv2d, input, weight, conv_bias, stride, padding, dilation, groups)
     return _bn_act(
         "conv_bn_relu",
@@ -322,6 +355,26 @@ def conv_bn_relu(
         momentum,
         eps,
         relu,
+    )
+
+
+def _fits(residual: Tensor, input: Tensor, weight: Tensor, by, dtype: torch.dtype) -> bool:
+    """Whether a residual can be added where the convolution's output is stored."""
+    return (
+        residual.shape == by.output_size(input, weight)
+        and residual.dtype == dtype
+        and residual.device == input.device
+        and is_channels_last(residual)
+    )
+
+
+def _is_channel_vector(vector: Tensor, channels: int, dtype: torch.dtype) -> bool:
+    return (
+        vector.dim() == 1
+        and vector.size(0) == channels
+        and vector.dtype in (dtype, accumulation_dtype(dtype))
+        and vector.device.type == "cpu"
+        and vector.is_contiguous()
     )
 
 

@@ -26,6 +26,22 @@ def set_recompute(enabled: bool) -> bool:
     return before
 
 
+def call_without_keeping_values(function: Callable[..., Tensor], input: Tensor, *arguments) -> Tensor:
+    """function(node, input, *arguments), a node of ours, which makes `input` again itself.
+
+    In `input`'s place the node saves a stand-in of no values, if `node` is one of ours; else it is None.
+    """
+    node = _made_again_by(input)
+    if node is None:
+        return function(None, input, *arguments)
+    pack = _Pack(input, _STAND_IN)
+    try:
+        with saved_tensors_hooks(pack, _unpack):
+            return function(node, input, *arguments)
+    finally:
+        pack.input = None
+
+
 def call_without_keeping(function: Callable[..., Tensor], input: Tensor, *arguments) -> Tensor:
     """function(input, *arguments), whose backward makes `input` again where a batch norm of ours can."""
     node = _made_again_by(input)
@@ -48,16 +64,19 @@ def _made_again_by(input: Tensor):
     return None if node is None or node.keeps_output else node
 
 
-class _Pack:
-    """Keeps the node instead of the input, and the rest as the hooks around would, or as it is."""
+_STAND_IN = object()
 
-    def __init__(self, input: Tensor, node) -> None:
-        self.input, self.node = input, node
+
+class _Pack:
+    """Keeps something instead of the input, and the rest as the hooks around would, or as it is."""
+
+    def __init__(self, input: Tensor, instead) -> None:
+        self.input, self.instead = input, instead
         self.around = torch._C._autograd._top_saved_tensors_default_hooks(False)
 
     def __call__(self, tensor: Tensor):
         if tensor is self.input:
-            return self.node
+            return self.instead
         if self.around is not None:
             pack, unpack = self.around
             return unpack, pack(tensor)
@@ -65,6 +84,8 @@ class _Pack:
 
 
 def _unpack(packed) -> Tensor:
+    if packed is _STAND_IN:
+        return torch.empty(0)
     if not isinstance(packed, tuple):
         return kernels.make_again(packed)
     unpack, kept = packed

@@ -36,7 +36,8 @@ class BnForward(Structure):
         + [(n, c_void_p) for n in ("input", "residual", "output")]
         + [(n, ChannelVector) for n in ("weight", "bias", "running_mean", "running_var")]
         + [(n, c_void_p) for n in ("save_mean", "save_rstd")]
-        + [("statistics", c_int), ("relu", c_bool), ("momentum", c_double), ("eps", c_double)]
+        + [("statistics", c_int), ("moments", c_void_p)]
+        + [("relu", c_bool), ("momentum", c_double), ("eps", c_double)]
     )
 
 
@@ -140,7 +141,7 @@ def batch_norm(
     args = BnForward(
         shape, _pointer(input), _pointer(residual), _pointer(output), _vector(weight), _vector(bias),
         _vector(running_mean), _vector(running_var), _pointer(mean), _pointer(rstd), 0 if training else 1,
-        relu, momentum, eps,
+        None, relu, momentum, eps,
     )  # fmt: skip
     _call("batch_norm", byref(args), workspace.data_ptr())
     return output, mean, rstd
@@ -153,7 +154,7 @@ def batch_norm_again(input, weight, bias, save_mean, save_rstd, *, residual=None
     workspace = _workspace(shape)
     args = BnForward(
         shape, _pointer(input), _pointer(residual), _pointer(output), _vector(weight), _vector(bias),
-        _vector(None), _vector(None), _pointer(save_mean), _pointer(save_rstd), 2, relu, 0.0, 0.0,
+        _vector(None), _vector(None), _pointer(save_mean), _pointer(save_rstd), 2, None, relu, 0.0, 0.0,
     )  # fmt: skip
     _call("batch_norm", byref(args), workspace.data_ptr())
     return output

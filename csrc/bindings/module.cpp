@@ -30,6 +30,10 @@ std::vector<std::string> kernels() {
         for (const char* kernel :
              {"bn_moments", "bn_apply", "bn_reduce", "bn_input_grad", "add_relu", "add_relu_grad"})
             names.push_back("cpu/" + isa + "/" + kernel);
+    for (const std::string& isa : fastres::cpu::available_isas())
+        if (isa != "scalar")
+            for (const char* kernel : {"conv_multiply", "conv_load", "conv_store", "conv_pack_weight"})
+                names.push_back("cpu/" + isa + "/" + kernel);
 #if defined(FASTRES_CUDA)
     for (const std::string& kernel : fastres::cuda::kernel_names()) names.push_back("cuda/" + kernel);
 #endif
@@ -46,11 +50,20 @@ PYBIND11_MODULE(_C, module) {
                "CUDA is absent.");
     module.def(
         "cpu_isa", [] { return std::string(fastres::cpu::kernels().isa); },
-        "The instruction set whose CPU kernels run: 'scalar', 'avx2' or 'avx512'.");
+        "The instruction set whose CPU kernels run: 'scalar', 'avx2', 'avx512' or 'avx512_bf16'.");
     module.def("cpu_isas", &fastres::cpu::available_isas,
                "The instruction sets that this library holds and this processor can run, slowest first.");
     module.def("select_cpu_isa", &fastres::cpu::select_isa, py::arg("isa"),
                "Run the CPU kernels of another instruction set from now on. Raises ValueError if it cannot "
                "run here.");
+    module.def(
+        "convolves",
+        [](const std::string& dtype) {
+            for (int i = 0; i < fastres::kDtypes; ++i)
+                if (dtype == fastres::name(static_cast<fastres::Dtype>(i)))
+                    return fastres::cpu::convolution_kernels(static_cast<fastres::Dtype>(i)) != nullptr;
+            return false;
+        },
+        py::arg("dtype"), "Whether the instruction set in use has convolutions of this dtype.");
     module.def("kernels", &kernels, "Names of all kernels that this build can run on this machine.");
 }

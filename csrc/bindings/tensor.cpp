@@ -40,12 +40,6 @@ ScalarType to_scalar_type(Dtype dtype) {
     return ScalarType::Undefined;
 }
 
-Dtype dtype_of(const char* op, const char* argument, const Tensor& tensor) {
-    if (const auto dtype = to_dtype(tensor.scalar_type())) return *dtype;
-    fail(op,
-         std::string(argument) + " has an unsupported dtype; takes float32, bfloat16, float16 or float64");
-}
-
 std::string shape_text(const Tensor& tensor) {
     std::string text;
     for (const int64_t size : tensor.sizes()) text += (text.empty() ? "" : ", ") + std::to_string(size);
@@ -71,13 +65,6 @@ bool is_dense_contiguous(const Tensor& tensor) {
     return is_dense(tensor, order, tensor.dim());
 }
 
-bool is_dense_channels_last(const Tensor& tensor) {
-    int64_t order[kMaxDims] = {0};
-    for (int64_t i = 2; i < tensor.dim(); ++i) order[i - 1] = i;
-    order[tensor.dim() - 1] = 1;
-    return is_dense(tensor, order, tensor.dim());
-}
-
 bool same_device(const Tensor& a, const Tensor& b) {
     return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
 }
@@ -99,6 +86,19 @@ void check_channels(const char* op, const char* argument, const Tensor& tensor, 
 
 }  // namespace
 
+Dtype dtype_of(const char* op, const char* argument, const Tensor& tensor) {
+    if (const auto dtype = to_dtype(tensor.scalar_type())) return *dtype;
+    fail(op,
+         std::string(argument) + " has an unsupported dtype; takes float32, bfloat16, float16 or float64");
+}
+
+bool is_channels_last(const Tensor& tensor) {
+    int64_t order[kMaxDims] = {0};
+    for (int64_t i = 2; i < tensor.dim(); ++i) order[i - 1] = i;
+    order[tensor.dim() - 1] = 1;
+    return is_dense(tensor, order, tensor.dim());
+}
+
 void fail(const char* op, const std::string& message) {
     throw std::runtime_error("fastres::" + std::string(op) + ": " + message);
 }
@@ -115,7 +115,7 @@ Activation activation(const char* op, const char* argument, const Tensor& tensor
     shape.channels = tensor.size(1);
     shape.pixels = tensor.numel() / (shape.batch * shape.channels);
     shape.dtype = dtype_of(op, argument, tensor);
-    shape.channels_last = is_dense_channels_last(tensor);
+    shape.channels_last = is_channels_last(tensor);
     if (!shape.channels_last && !is_dense_contiguous(tensor))
         fail(op, std::string(argument) + " is strided; expected contiguous or channels_last memory");
     return shape;

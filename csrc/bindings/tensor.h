@@ -16,6 +16,11 @@ using OptionalTensor = std::optional<Tensor>;
 // Throws std::runtime_error("fastres::<op>: <message>").
 [[noreturn]] void fail(const char* op, const std::string& message);
 
+Dtype dtype_of(const char* op, const char* argument, const Tensor& tensor);
+
+// Whether memory holds the channels of a pixel side by side, pixel after pixel, without gaps.
+bool is_channels_last(const Tensor& tensor);
+
 // (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W), dense and non-empty, contiguous or channels last.
 Activation activation(const char* op, const char* argument, const Tensor& tensor);
 

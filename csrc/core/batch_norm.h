@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/bn_math.h"
 #include "core/dtype.h"
 
 namespace fastres {
@@ -42,6 +43,7 @@ struct BnForward {
     void* save_mean;                          // [channels], double on the CPU, float on CUDA
     void* save_rstd;                          // [channels], the same
     Statistics statistics;
+    const bn_math::Moments<double>* moments;  // [channels], those of the batch where they are known
     bool relu;
     double momentum, eps;
 };

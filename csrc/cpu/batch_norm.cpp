@@ -9,6 +9,8 @@
 #include "cpu/channel_vector.h"
 #include "cpu/cut.h"
 #include "cpu/isa.h"
+#include "cpu/pointer.h"
+#include "cpu/streaming.h"
 
 namespace fastres::cpu {
 namespace {
@@ -22,25 +24,9 @@ using bn_math::Moments;
 constexpr int64_t kFirstRows = 16;
 constexpr int64_t kWindowGrowth = 8;
 
-// Half of a usual last-level cache. What is larger would not be there when the next layer reads it, and is
-// written past the caches: it saves the read that a plain store begins with.
-constexpr int64_t kStreamingBytes = int64_t{4} << 20;
-
-const void* at(const void* base, int64_t element, Dtype dtype) {
-    return base ? static_cast<const char*>(base) + element * size_of(dtype) : nullptr;
-}
-void* at(void* base, int64_t element, Dtype dtype) {
-    return base ? static_cast<char*>(base) + element * size_of(dtype) : nullptr;
-}
-
-// A streaming store takes whole aligned vectors, so that every row must begin on one.
-bool streams(const void* output, int64_t bytes, int64_t row_bytes) {
-    constexpr int64_t alignment = 64;
-    return bytes >= kStreamingBytes && reinterpret_cast<uintptr_t>(output) % alignment == 0 &&
-           row_bytes % alignment == 0;
-}
 bool streams(const void* output, const Activation& shape) {
-    return shape.channels_last && streams(output, shape.bytes(), shape.channels * size_of(shape.dtype));
+    return shape.channels_last &&
+           cpu::streams(output, shape.bytes(), shape.channels * size_of(shape.dtype));
 }
 
 // values[i] = values[i - channels] beyond the first `channels`, for rows that are taken as one.
@@ -132,7 +118,9 @@ class Forward {
 
     void run_rows() {
         const int64_t channels = shape_.channels;
-        if (args_.statistics == Statistics::batch) {
+        if (args_.moments) {
+            for (int64_t c = 0; c < channels; ++c) take_batch_statistics(c, args_.moments[c]);
+        } else if (args_.statistics == Statistics::batch) {
             std::vector<Moments<double>> moments(cut_.tasks() * channels, Moments<double>{0, 0, 0});
             pool_.for_each(cut_.tasks(), [&](int64_t task) {
                 Scratch scratch(cut_.coefficients());
@@ -296,8 +284,23 @@ class Backward {
         }
     }
 
+    // The sums alone; what they make of the input's gradient is left to the caller.
+    BnCoefficients take_row_sums() {
+        reduce_rows();
+        return {forward_.mean, forward_.scale, forward_.shift, mean_grad_, slope_};
+    }
+
   private:
     void run_rows() {
+        reduce_rows();
+        if (!args_.training) return;  // grad_input was written by reduce
+        for (auto* values : {&mean_grad_, &slope_}) repeat(*values, shape_.channels);
+        pool_.for_each(cut_.tasks(), [&](int64_t task) {
+            cut_.visit_shares(task, [&](const Share& share) { input_grad(share); });
+        });
+    }
+
+    void reduce_rows() {
         std::vector<Sums<Real>> sums(cut_.tasks(), Sums<Real>(cut_.coefficients()));
         pool_.for_each(cut_.tasks(), [&](int64_t task) {
             cut_.visit_shares(task, [&](const Share& share) { reduce(share, sums[task]); });
@@ -311,11 +314,6 @@ class Backward {
             }
             take_sums(c, sum_grad, dot);
         }
-        if (!args_.training) return;  // grad_input was written by reduce
-        for (auto* values : {&mean_grad_, &slope_}) repeat(*values, shape_.channels);
-        pool_.for_each(cut_.tasks(), [&](int64_t task) {
-            cut_.visit_shares(task, [&](const Share& share) { input_grad(share); });
-        });
     }
 
     void run_planes() {
@@ -396,9 +394,22 @@ void batch_norm_backward(const BnBackward& args, const ThreadPool& pool) {
     return Backward<float>(args, pool).run();
 }
 
+BnCoefficients forward_coefficients(int64_t channels, const ChannelVector& weight,
+                                    const ChannelVector& bias, const double* save_mean,
+                                    const double* save_rstd) {
+    ForwardCoefficients<float> forward(channels);
+    for (int64_t c = 0; c < channels; ++c)
+        forward.set(c, save_mean[c], save_rstd[c], read(weight, c, 1), read(bias, c, 0));
+    return {forward.mean, forward.scale, forward.shift, {}, {}};
+}
+
+BnCoefficients batch_norm_backward_sums(const BnBackward& args, const ThreadPool& pool) {
+    return Backward<float>(args, pool).take_row_sums();
+}
+
 void add_relu(const AddRelu& args, const ThreadPool& pool) {
     const int64_t tasks = tasks_for(args.numel, args.numel, pool);
-    const bool stream = streams(args.output, args.numel * size_of(args.dtype), 64);
+    const bool stream = cpu::streams(args.output, args.numel * size_of(args.dtype), 64);
     pool.for_each(tasks, [&](int64_t task) {
         const Range range = part(args.numel, tasks, task, 64);
         kernels().loops[static_cast<int>(args.dtype)].elementwise.add_relu(
@@ -409,7 +420,7 @@ void add_relu(const AddRelu& args, const ThreadPool& pool) {
 
 void add_relu_backward(const AddReluBackward& args, const ThreadPool& pool) {
     const int64_t tasks = tasks_for(args.numel, args.numel, pool);
-    const bool stream = streams(args.grad_input, args.numel * size_of(args.dtype), 64);
+    const bool stream = cpu::streams(args.grad_input, args.numel * size_of(args.dtype), 64);
     pool.for_each(tasks, [&](int64_t task) {
         const Range range = part(args.numel, tasks, task, 64);
         kernels().loops[static_cast<int>(args.dtype)].elementwise.add_relu_grad(

@@ -6,12 +6,28 @@
 #pragma once
 
 #include "core/batch_norm.h"
+#include "cpu/aligned_vector.h"
 #include "cpu/parallel.h"
 
 namespace fastres::cpu {
 
 void batch_norm(const BnForward& args, const ThreadPool& pool);
 void batch_norm_backward(const BnBackward& args, const ThreadPool& pool);
+
+// A batch norm's coefficients, one a channel, as the convolutions' loads take them (cpu/conv_kernels.h).
+struct BnCoefficients {
+    AlignedVector<float> mean, scale, shift;  // of the forward map
+    AlignedVector<float> mean_grad, slope;    // of the input's gradient
+};
+
+// Those of the forward map by saved statistics.
+BnCoefficients forward_coefficients(int64_t channels, const ChannelVector& weight,
+                                    const ChannelVector& bias, const double* save_mean,
+                                    const double* save_rstd);
+
+// batch_norm_backward in training, but for grad_input, whose coefficients are returned. Channels last.
+BnCoefficients batch_norm_backward_sums(const BnBackward& args, const ThreadPool& pool);
+
 void add_relu(const AddRelu& args, const ThreadPool& pool);
 void add_relu_backward(const AddReluBackward& args, const ThreadPool& pool);
 

@@ -5,7 +5,7 @@
 // doubles: nearly as accurate as double throughout, at a fraction of its conversions.
 #pragma once
 
-#include "core/bn_math.h"
+#include "cpu/bn_lanes.h"
 #include "cpu/kernels.h"
 #include "cpu/sweep.h"
 #include "cpu/vec.h"
@@ -232,9 +232,10 @@ FASTRES_ALWAYS void apply_loop(const ApplyPiece& piece) {
 #pragma GCC unroll 4
                 for (int i = 0; i < S::unroll; ++i) {
                     const int64_t at = start + offset + i * stride;
-                    z[i] = (load_as<Lane>(input + at) - coefficient<Order, Lane>(mean + first, c, i)) *
-                               coefficient<Order, Lane>(scale + first, c, i) +
-                           coefficient<Order, Lane>(shift + first, c, i);
+                    z[i] =
+                        normalise(load_as<Lane>(input + at), coefficient<Order, Lane>(mean + first, c, i),
+                                  coefficient<Order, Lane>(scale + first, c, i),
+                                  coefficient<Order, Lane>(shift + first, c, i));
                     if constexpr (residual) z[i] += load_as<Lane>(addend + at);
                     if constexpr (with_relu) z[i] = relu(z[i]);
                 }
@@ -260,7 +261,6 @@ void apply(const ApplyPiece& piece) {
 template <class T, class Order, Mask mask, bool store_grad_input>
 FASTRES_ALWAYS void reduce_loop(const ReducePiece& piece) {
     using Real = RealOf<T>;
-    constexpr Real threshold = bn_math::largest_stored_as_zero(Storage<T>::dtype);
     const T* grad = static_cast<const T*>(piece.grad);
     const T* input = static_cast<const T*>(piece.input);
     const T* output = static_cast<const T*>(piece.output);
@@ -293,9 +293,8 @@ FASTRES_ALWAYS void reduce_loop(const ReducePiece& piece) {
                             if constexpr (mask == Mask::from_output)
                                 g[i] = zero_where_not_above(load_as<Lane>(output + at), Real(0), g[i]);
                             if constexpr (mask == Mask::recomputed)
-                                g[i] = zero_where_not_above(
-                                    deviation[i] * gain + coefficient<Order, Lane>(shift + first, c, i),
-                                    threshold, g[i]);
+                                g[i] = mask_recomputed<T>(g[i], deviation[i], gain,
+                                                          coefficient<Order, Lane>(shift + first, c, i));
                             scaled[i] = g[i] * gain;
                         }
                         if constexpr (mask == Mask::from_output)
@@ -330,7 +329,6 @@ void reduce(const ReducePiece& piece) {
 template <class T, class Order, bool recompute_mask, bool stream>
 FASTRES_ALWAYS void input_grad_loop(const InputGradPiece& piece) {
     using Real = RealOf<T>;
-    constexpr Real threshold = bn_math::largest_stored_as_zero(Storage<T>::dtype);
     const T* grad = static_cast<const T*>(piece.grad);
     const T* input = static_cast<const T*>(piece.input);
     T* grad_input = static_cast<T*>(piece.grad_input);
@@ -355,10 +353,11 @@ FASTRES_ALWAYS void input_grad_loop(const InputGradPiece& piece) {
                     const Lane gain = coefficient<Order, Lane>(scale + first, c, i);
                     Lane g = load_as<Lane>(grad + at);
                     if constexpr (recompute_mask)
-                        g = zero_where_not_above(
-                            deviation * gain + coefficient<Order, Lane>(shift + first, c, i), threshold, g);
-                    result[i] = gain * (g - coefficient<Order, Lane>(mean_grad + first, c, i) -
-                                        deviation * coefficient<Order, Lane>(slope + first, c, i));
+                        g = mask_recomputed<T>(g, deviation, gain,
+                                               coefficient<Order, Lane>(shift + first, c, i));
+                    result[i] = input_gradient(g, deviation, gain,
+                                               coefficient<Order, Lane>(mean_grad + first, c, i),
+                                               coefficient<Order, Lane>(slope + first, c, i));
                 }
                 store_lanes<Order, stream>(grad_input + start + offset, stride, result);
             });

@@ -1,6 +1,12 @@
 #include "cpu/isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -16,6 +22,8 @@ std::vector<const Kernels*> available_kernels() {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (avx512_kernels() && avx2 && avx512) available.push_back(avx512_kernels());
+    if (avx512_bf16_kernels() && avx2 && avx512 && __builtin_cpu_supports("avx512bf16"))
+        available.push_back(avx512_bf16_kernels());
 #endif
     return available;
 }
@@ -30,12 +38,55 @@ const Kernels* find(const std::string& isa) {
                                 "' cannot run on this machine, which has: " + choices);
 }
 
+// Seconds of so many products of a unit's own kind, the fewest of some attempts.
+double seconds_of_products(const ConvKernels& unit) {
+    constexpr int64_t steps = 256;
+    const int64_t block = unit.block, rows = unit.tile_rows;
+    std::vector<float> a(rows * steps), b(steps * block), sums(rows * block);
+    const int64_t run = 0;
+    const MultiplyTile tile{a.data(),     steps,    1,           &run,  1,
+                            steps,        b.data(), sums.data(), block, unit.tile_rows,
+                            unit.vectors, false};
+    double least = 1;
+    for (int attempt = 0; attempt < 8; ++attempt) {
+        const auto begin = std::chrono::steady_clock::now();
+        unit.multiply(tile);
+        least = std::min(least,
+                         std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
+    }
+    return least;
+}
+
+// On some processors a product of bf16 pairs takes longer than the two products of floats that it replaces.
+bool pairs_pay(const Kernels& pairs, const Kernels& floats) {
+    constexpr int bf16 = static_cast<int>(Dtype::bf16);
+    return seconds_of_products(*pairs.convolution[bf16]) <
+           2 * seconds_of_products(*floats.convolution[bf16]);
+}
+
+const Kernels* fastest() {
+    const std::vector<const Kernels*> available = available_kernels();
+    const Kernels* last = available.back();
+    if (last == avx512_bf16_kernels() && !pairs_pay(*last, *avx512_kernels())) return avx512_kernels();
+    return last;
+}
+
 std::atomic<const Kernels*>& current() {
     static std::atomic<const Kernels*> chosen{[] {
         const char* forced = std::getenv("FASTRES_CPU_ISA");
-        return forced && *forced ? find(forced) : available_kernels().back();
+        return forced && *forced ? find(forced) : fastest();
     }()};
     return chosen;
+}
+
+bool has_amx_bf16() {
+#if defined(__x86_64__)
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    constexpr unsigned amx_bf16 = 1u << 22;  // of edx, in leaf 7
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & amx_bf16);
+#else
+    return false;
+#endif
 }
 
 }  // namespace
@@ -48,6 +99,13 @@ std::vector<std::string> available_isas() {
 
 const Kernels& kernels() {
     return *current().load(std::memory_order_relaxed);
+}
+
+const ConvKernels* convolution_kernels(Dtype dtype) {
+    // PyTorch multiplies bf16 with AMX where that is to be had, and no unit of ours does so yet.
+    static const bool amx = has_amx_bf16();
+    if (dtype == Dtype::bf16 && amx) return nullptr;
+    return kernels().convolution[static_cast<int>(dtype)];
 }
 
 void select_isa(const std::string& isa) {

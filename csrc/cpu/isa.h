@@ -11,8 +11,12 @@ namespace fastres::cpu {
 // Names of the units that this build holds and this processor can run, slowest first; "scalar" always.
 std::vector<std::string> available_isas();
 
-// The unit in use: the fastest available one, or what FASTRES_CPU_ISA or select_isa() asked for.
+// The unit in use: the fastest available one as measured at its first use, or what FASTRES_CPU_ISA or
+// select_isa() asked for.
 const Kernels& kernels();
+
+// The convolutions in use, or null: there are none for this dtype, or PyTorch's are faster.
+const ConvKernels* convolution_kernels(Dtype dtype);
 
 // Throws std::invalid_argument, naming the choices, where `isa` is not available here.
 void select_isa(const std::string& isa);

@@ -9,6 +9,8 @@
 
 #include "core/bn_math.h"
 #include "core/dtype.h"
+#include "cpu/conv_kernels.h"
+#include "cpu/mask.h"
 
 namespace fastres::cpu {
 
@@ -38,10 +40,6 @@ struct ApplyPiece {  // output = act((input - mean) * scale + shift [+ residual]
     bool relu;
     bool stream;  // write past the caches; the pieces are then 64-byte aligned
 };
-
-// How a gradient passes an activation: unchanged, by the sign of the stored output, or by that of the
-// pre-activation (input - mean) * scale + shift, recomputed.
-enum class Mask : int { none = 0, from_output = 1, recomputed = 2 };
 
 struct ReducePiece {  // g = mask(grad);  sum_grad += sum(g);  dot += sum(g * (input - mean))
     const void* grad;
@@ -101,11 +99,13 @@ struct Kernels {
     };
     const char* isa;
     Loops loops[kDtypes];
+    const ConvKernels* convolution[kDtypes];  // null: none
 };
 
 // One a translation unit; null where the compiler could not build it for this processor family.
 const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+const Kernels* avx512_bf16_kernels();
 
 }  // namespace fastres::cpu

@@ -3,6 +3,7 @@
 
 #include "cpu/add_relu_loops.h"
 #include "cpu/batch_norm_loops.h"
+#include "cpu/conv_loops.h"
 
 namespace fastres::cpu::FASTRES_ISA {
 
@@ -13,9 +14,31 @@ constexpr Kernels::Loops loops_of() {
             {add_relu<T>, add_relu_grad<T>}};
 }
 
+#if defined(__AVX512BF16__)
+using Bf16Words = PairWords;
+#else
+using Bf16Words = FloatWords;
+#endif
+
+template <class Words, class T>
+inline constexpr ConvKernels kConvKernels = conv_kernels<Words, T>();
+
+// Null where vectors are so short that PyTorch's convolutions are the faster ones.
+template <class Words, class T>
+constexpr const ConvKernels* convolution_of() {
+#if defined(__AVX2__)
+    return &kConvKernels<Words, T>;
+#else
+    return nullptr;
+#endif
+}
+
 // Entries in the order of Dtype.
 constexpr Kernels unit(const char* isa) {
-    return {isa, {loops_of<float>(), loops_of<bf16>(), loops_of<f16>(), loops_of<double>()}};
+    return {isa,
+            {loops_of<float>(), loops_of<bf16>(), loops_of<f16>(), loops_of<double>()},
+            {convolution_of<FloatWords, float>(), convolution_of<Bf16Words, bf16>(),
+             convolution_of<FloatWords, f16>(), nullptr}};
 }
 
 }  // namespace fastres::cpu::FASTRES_ISA

@@ -1,0 +1,316 @@
+// fastres::conv_* and conv_bn_act_*: 2-d convolutions of channels-last tensors on the CPU, alone and with
+// the batch norm, residual and activation behind them.
+#include "cpu/convolution.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "bindings/device.h"
+#include "bindings/tensor.h"
+#include "core/conv2d.h"
+#include "cpu/batch_norm.h"
+#include "cpu/isa.h"
+
+namespace fastres::bindings {
+namespace {
+
+using Ints = std::vector<int64_t>;
+
+Axes axes(const char* op, const char* argument, const Ints& values, int64_t least) {
+    if (values.size() != 2 || values[0] < least || values[1] < least)
+        fail(op, std::string(argument) + " takes two integers of at least " + std::to_string(least));
+    return {values[0], values[1]};
+}
+
+ConvWeight conv_weight(const char* op, const Tensor& weight) {
+    if (weight.dim() != 4 || !weight.is_cpu()) fail(op, "weight is not a 4-d tensor on the CPU");
+    const Dtype dtype = dtype_of(op, "weight", weight);
+    if (dtype == Dtype::f64) fail(op, "weight is float64; takes float32, bfloat16 or float16");
+    return {weight.data_ptr(), dtype,           weight.stride(0), weight.stride(1),
+            weight.stride(2),  weight.stride(3)};
+}
+
+Dtype check_activation(const char* op, const char* argument, const Tensor& tensor, const Ints& size) {
+    if (tensor.dim() != 4 || !tensor.is_cpu())
+        fail(op, std::string(argument) + " is not a 4-d tensor on the CPU");
+    for (int64_t i = 0; i < 4; ++i)
+        if (tensor.size(i) != size[i])
+            fail(op, std::string(argument) + " has another shape than the convolution gives it");
+    if (!is_channels_last(tensor)) fail(op, std::string(argument) + " is not channels last");
+    const Dtype dtype = dtype_of(op, argument, tensor);
+    if (!cpu::convolution_kernels(dtype))
+        fail(op,
+             "no kernel for " + std::string(name(dtype)) + " with instruction set " + cpu::kernels().isa);
+    return dtype;
+}
+
+void check_operand(const char* op, const char* argument, const Tensor& tensor, const Ints& size,
+                   Dtype dtype) {
+    if (check_activation(op, argument, tensor, size) != dtype)
+        fail(op, std::string(argument) + " is not of dtype " + name(dtype));
+}
+
+int64_t out_size(int64_t in, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
+    return (in + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+}
+
+Conv2d conv2d(const char* op, const Ints& input, const Tensor& weight, const Ints& stride,
+              const Ints& padding, const Ints& dilation) {
+    if (input.size() != 4) fail(op, "input is not 4-d");
+    Conv2d shape{};
+    shape.batch = input[0];
+    shape.in_channels = input[1];
+    shape.in = {input[2], input[3]};
+    shape.out_channels = weight.size(0);
+    shape.kernel = {weight.size(2), weight.size(3)};
+    shape.stride = axes(op, "stride", stride, 1);
+    shape.padding = axes(op, "padding", padding, 0);
+    shape.dilation = axes(op, "dilation", dilation, 1);
+    if (weight.size(1) != shape.in_channels)
+        fail(op, "weight takes " + std::to_string(weight.size(1)) + " input channels, input has " +
+                     std::to_string(shape.in_channels));
+    shape.out = {out_size(shape.in.h, shape.kernel.h, shape.stride.h, shape.padding.h, shape.dilation.h),
+                 out_size(shape.in.w, shape.kernel.w, shape.stride.w, shape.padding.w, shape.dilation.w)};
+    if (shape.out.h < 1 || shape.out.w < 1) fail(op, "the kernel is larger than the padded input");
+    return shape;
+}
+
+Ints out_sizes(const Conv2d& shape) {
+    return {shape.batch, shape.out_channels, shape.out.h, shape.out.w};
+}
+Ints in_sizes(const Conv2d& shape) {
+    return {shape.batch, shape.in_channels, shape.in.h, shape.in.w};
+}
+
+Tensor empty_channels_last(const Tensor& like, const Ints& size) {
+    return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                                torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+// Where the convolution's output is, seen as a batch norm's input.
+Activation activation_of(const Conv2d& shape, Dtype dtype) {
+    return {shape.batch, shape.out_channels, shape.out.h * shape.out.w, /*channels_last=*/true, dtype};
+}
+
+cpu::ConvOperand plain(const Tensor& tensor) {
+    return {tensor.data_ptr(), nullptr, {}};
+}
+
+cpu::PrologueCoefficients prologue(cpu::Prologue kind, const cpu::BnCoefficients& by) {
+    return {kind,  by.mean.data(), by.scale.data(), by.shift.data(), by.mean_grad.data(), by.slope.data(),
+            false, cpu::Mask::none};
+}
+
+Ints sizes_of(const Tensor& tensor) {
+    return {tensor.sizes().begin(), tensor.sizes().end()};
+}
+
+// act(conv2d(input, weight, bias) [+ residual])
+Tensor forward(Tensor input, Tensor weight, OptionalTensor bias, OptionalTensor residual, Ints stride,
+               Ints padding, Ints dilation, bool relu) {
+    constexpr const char* op = "conv_forward";
+    cpu::ConvForward args{};
+    args.weight = conv_weight(op, weight);
+    args.shape = conv2d(op, sizes_of(input), weight, stride, padding, dilation);
+    args.dtype = check_activation(op, "input", input, in_sizes(args.shape));
+    if (residual) check_operand(op, "residual", *residual, out_sizes(args.shape), args.dtype);
+    if (bias) {
+        if (bias->dim() != 1 || bias->size(0) != args.shape.out_channels || !bias->is_contiguous() ||
+            dtype_of(op, "bias", *bias) != Dtype::f32)
+            fail(op, "bias takes one float32 for each output channel");
+        args.bias = static_cast<const float*>(bias->data_ptr());
+    }
+    Tensor output = empty_channels_last(input, out_sizes(args.shape));
+    args.input = plain(input);
+    args.residual = residual ? residual->data_ptr() : nullptr;
+    args.relu = relu;
+    args.output = output.data_ptr();
+    cpu::conv_forward(args, torch_threads());
+    return output;
+}
+
+Tensor backward_input(Tensor grad, Tensor weight, Ints input_size, Ints stride, Ints padding,
+                      Ints dilation) {
+    constexpr const char* op = "conv_backward_input";
+    cpu::ConvBackwardInput args{};
+    args.weight = conv_weight(op, weight);
+    args.shape = conv2d(op, input_size, weight, stride, padding, dilation);
+    args.dtype = check_activation(op, "grad", grad, out_sizes(args.shape));
+    Tensor grad_input = empty_channels_last(grad, in_sizes(args.shape));
+    args.grad = plain(grad);
+    args.grad_input = grad_input.data_ptr();
+    cpu::conv_backward_input(args, torch_threads());
+    return grad_input;
+}
+
+Tensor backward_weight(Tensor grad, Tensor input, Tensor weight, Ints stride, Ints padding, Ints dilation) {
+    constexpr const char* op = "conv_backward_weight";
+    cpu::ConvBackwardWeight args{};
+    args.shape = conv2d(op, sizes_of(input), weight, stride, padding, dilation);
+    args.dtype = check_activation(op, "grad", grad, out_sizes(args.shape));
+    check_operand(op, "input", input, in_sizes(args.shape), args.dtype);
+    Tensor grad_weight = torch::stable::empty_like(weight);
+    args.grad = plain(grad);
+    args.input = plain(input);
+    args.grad_weight = conv_weight(op, grad_weight);
+    cpu::conv_backward_weight(args, torch_threads());
+    return grad_weight;
+}
+
+// act(batch_norm(conv2d(input, conv_weight)) [+ residual]) in training, and what its gradient needs.
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_forward(
+    Tensor input, Tensor conv_weight_tensor, OptionalTensor residual, OptionalTensor running_mean,
+    OptionalTensor running_var, OptionalTensor weight, OptionalTensor bias, Ints stride, Ints padding,
+    Ints dilation, double momentum, double eps, bool relu) {
+    constexpr const char* op = "conv_bn_act_forward";
+    cpu::ConvForward conv{};
+    conv.weight = conv_weight(op, conv_weight_tensor);
+    conv.shape = conv2d(op, sizes_of(input), conv_weight_tensor, stride, padding, dilation);
+    conv.dtype = check_activation(op, "input", input, in_sizes(conv.shape));
+    if (residual) check_operand(op, "residual", *residual, out_sizes(conv.shape), conv.dtype);
+    Tensor conv_output = empty_channels_last(input, out_sizes(conv.shape));
+    BnForward norm{};
+    norm.shape = activation_of(conv.shape, conv.dtype);
+    norm.running_mean = channel_vector(op, "running_mean", running_mean, conv_output);
+    norm.running_var = channel_vector(op, "running_var", running_var, conv_output);
+    norm.weight = channel_vector(op, "weight", weight, conv_output);
+    norm.bias = channel_vector(op, "bias", bias, conv_output);
+    if (norm.shape.rows() == 1) fail(op, "expected more than 1 value per channel when training");
+
+    std::vector<bn_math::Moments<double>> moments(norm.shape.channels);
+    conv.input = plain(input);
+    conv.output = conv_output.data_ptr();
+    conv.moments = moments.data();
+    cpu::conv_forward(conv, torch_threads());
+
+    Tensor output = output_like(conv_output);
+    Tensor save_mean = empty_channels(conv_output, Dtype::f64);
+    Tensor save_rstd = empty_channels(conv_output, Dtype::f64);
+    norm.input = conv_output.data_ptr();
+    norm.residual = residual ? residual->data_ptr() : nullptr;
+    norm.output = output.data_ptr();
+    norm.save_mean = save_mean.data_ptr();
+    norm.save_rstd = save_rstd.data_ptr();
+    norm.statistics = Statistics::batch;
+    norm.moments = moments.data();
+    norm.relu = relu;
+    norm.momentum = momentum;
+    norm.eps = eps;
+    cpu::batch_norm(norm, torch_threads());
+    return {output, conv_output, save_mean, save_rstd};
+}
+
+// `output` is given where a residual was added, as for bn_act_backward. Where `input_mean` is given, the
+// convolution's input was act(batch_norm(input)) by the statistics and parameters beginning with input_.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_backward(
+    Tensor grad, Tensor conv_output, OptionalTensor output, OptionalTensor weight, OptionalTensor bias,
+    Tensor save_mean, Tensor save_rstd, bool relu, Tensor input, OptionalTensor input_weight,
+    OptionalTensor input_bias, OptionalTensor input_mean, OptionalTensor input_rstd, bool input_relu,
+    Tensor conv_weight_tensor, Ints stride, Ints padding, Ints dilation, bool needs_input,
+    bool needs_conv_weight) {
+    constexpr const char* op = "conv_bn_act_backward";
+    const Conv2d shape = conv2d(op, sizes_of(input), conv_weight_tensor, stride, padding, dilation);
+    const Dtype dtype = check_activation(op, "conv_output", conv_output, out_sizes(shape));
+    check_operand(op, "grad", grad, out_sizes(shape), dtype);
+    check_operand(op, "input", input, in_sizes(shape), dtype);
+    if (output) check_operand(op, "output", *output, out_sizes(shape), dtype);
+    if (output && !relu) fail(op, "output is given without relu, which needs no mask");
+    if (input_mean.has_value() != input_rstd.has_value())
+        fail(op, "input_mean and input_rstd are given together or not at all");
+    BnBackward norm{};
+    norm.shape = activation_of(shape, dtype);
+    norm.weight = channel_vector(op, "weight", weight, conv_output);
+    norm.bias = channel_vector(op, "bias", bias, conv_output);
+    const ChannelVector before_weight = channel_vector(op, "input_weight", input_weight, input);
+    const ChannelVector before_bias = channel_vector(op, "input_bias", input_bias, input);
+    check_statistics(op, "save_mean", save_mean, conv_output, Dtype::f64);
+    check_statistics(op, "save_rstd", save_rstd, conv_output, Dtype::f64);
+    if (input_mean) {
+        check_statistics(op, "input_mean", *input_mean, input, Dtype::f64);
+        check_statistics(op, "input_rstd", *input_rstd, input, Dtype::f64);
+    }
+    Tensor grad_residual = output ? output_like(conv_output) : nothing(conv_output);
+    Tensor grad_weight = empty_channels(conv_output, accumulation_dtype(dtype));
+    Tensor grad_bias = empty_channels(conv_output, accumulation_dtype(dtype));
+    norm.grad = grad.data_ptr();
+    norm.input = conv_output.data_ptr();
+    norm.output = output ? output->data_ptr() : nullptr;
+    norm.save_mean = save_mean.data_ptr();
+    norm.save_rstd = save_rstd.data_ptr();
+    norm.grad_residual = output ? grad_residual.data_ptr() : nullptr;
+    norm.grad_weight = grad_weight.data_ptr();
+    norm.grad_bias = grad_bias.data_ptr();
+    norm.training = true;
+    norm.relu = relu;
+    const cpu::BnCoefficients by = cpu::batch_norm_backward_sums(norm, torch_threads());
+
+    // The gradient of the convolution's output is never written: both convolutions make it as they load.
+    cpu::ConvOperand grad_operand{output ? grad_residual.data_ptr() : grad.data_ptr(),
+                                  conv_output.data_ptr(), prologue(cpu::Prologue::gradient, by)};
+    grad_operand.prologue.mask = relu && !output ? cpu::Mask::recomputed : cpu::Mask::none;
+    Tensor grad_input =
+        needs_input ? empty_channels_last(conv_output, in_sizes(shape)) : nothing(conv_output);
+    if (needs_input)
+        cpu::conv_backward_input(
+            {shape, dtype, grad_operand, conv_weight(op, conv_weight_tensor), grad_input.data_ptr()},
+            torch_threads());
+    Tensor grad_conv_weight =
+        needs_conv_weight ? torch::stable::empty_like(conv_weight_tensor) : nothing(conv_output);
+    if (needs_conv_weight) {
+        cpu::BnCoefficients before;
+        cpu::ConvOperand input_operand = plain(input);
+        if (input_mean) {
+            before = cpu::forward_coefficients(shape.in_channels, before_weight, before_bias,
+                                               static_cast<const double*>(input_mean->data_ptr()),
+                                               static_cast<const double*>(input_rstd->data_ptr()));
+            input_operand.prologue = prologue(cpu::Prologue::activation, before);
+            input_operand.prologue.relu = input_relu;
+        }
+        cpu::conv_backward_weight(
+            {shape, dtype, grad_operand, input_operand, conv_weight(op, grad_conv_weight)},
+            torch_threads());
+    }
+    return {grad_input, grad_conv_weight, grad_residual, grad_weight, grad_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastres, library) {
+    library.def(
+        "conv_forward(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, "
+        "int[] padding, int[] dilation, bool relu) -> Tensor");
+    library.def(
+        "conv_backward_input(Tensor grad, Tensor weight, int[] input_size, int[] stride, int[] padding, "
+        "int[] dilation) -> Tensor");
+    library.def(
+        "conv_bn_act_forward(Tensor input, Tensor conv_weight, Tensor? residual, Tensor(a!)? running_mean, "
+        "Tensor(b!)? running_var, Tensor? weight, Tensor? bias, int[] stride, int[] padding, int[] "
+        "dilation, "
+        "float momentum, float eps, bool relu) "
+        "-> (Tensor output, Tensor conv_output, Tensor save_mean, Tensor save_rstd)");
+    library.def(
+        "conv_bn_act_backward(Tensor grad, Tensor conv_output, Tensor? output, Tensor? weight, Tensor? "
+        "bias, "
+        "Tensor save_mean, Tensor save_rstd, bool relu, Tensor input, Tensor? input_weight, "
+        "Tensor? input_bias, Tensor? input_mean, Tensor? input_rstd, bool input_relu, Tensor conv_weight, "
+        "int[] stride, int[] padding, int[] dilation, bool needs_input, bool needs_conv_weight) "
+        "-> (Tensor grad_input, Tensor grad_conv_weight, Tensor grad_residual, Tensor grad_weight, "
+        "Tensor grad_bias)");
+    library.def(
+        "conv_backward_weight(Tensor grad, Tensor input, Tensor weight, int[] stride, int[] padding, "
+        "int[] dilation) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, library) {
+    library.impl("conv_forward", TORCH_BOX(&forward));
+    library.impl("conv_backward_input", TORCH_BOX(&backward_input));
+    library.impl("conv_backward_weight", TORCH_BOX(&backward_weight));
+    library.impl("conv_bn_act_forward", TORCH_BOX(&bn_act_forward));
+    library.impl("conv_bn_act_backward", TORCH_BOX(&bn_act_backward));
+}
+
+}  // namespace fastres::bindings

@@ -1,0 +1,61 @@
+// How the pixels of a convolution are cut: into boxes whose operands and sums stay in a core's own cache.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/conv2d.h"
+#include "cpu/aligned_vector.h"
+#include "cpu/cut.h"
+
+namespace fastres::cpu {
+
+struct Box {
+    Range images, rows, columns;
+    int64_t pixels() const { return images.size() * rows.size() * columns.size(); }
+};
+
+// All images of batch x height x width in boxes of about `pixels` pixels: parts of a row, rows, or images.
+class Boxes {
+  public:
+    Boxes(int64_t batch, Axes size, int64_t pixels) : batch_(batch), size_(size) {
+        columns_ = parts(size.w, pixels);
+        rows_ = columns_ > 1 ? size.h : parts(size.h, pixels / size.w);
+        images_ = rows_ > 1 ? batch : parts(batch, pixels / (size.h * size.w));
+    }
+
+    int64_t count() const { return images_ * rows_ * columns_; }
+
+    Box operator[](int64_t index) const {
+        return {part(batch_, images_, index / (rows_ * columns_)),
+                part(size_.h, rows_, index / columns_ % rows_), part(size_.w, columns_, index % columns_)};
+    }
+
+  private:
+    static int64_t parts(int64_t total, int64_t most) {
+        most = std::max<int64_t>(1, most);
+        return (total + most - 1) / most;
+    }
+
+    int64_t batch_;
+    Axes size_;
+    int64_t images_, rows_, columns_;
+};
+
+// Memory of a thread that stays with it from one convolution to the next.
+class Workspace {
+  public:
+    // At least so many floats, with what was there before, or not.
+    float* floats(int64_t count) {
+        if (static_cast<int64_t>(memory_.size()) < count) {
+            memory_ = {};
+            memory_ = AlignedVector<float>(count);
+        }
+        return memory_.data();
+    }
+
+  private:
+    AlignedVector<float> memory_;
+};
+
+}  // namespace fastres::cpu

@@ -1,0 +1,99 @@
+// The inner loops of the convolutions, as a table of function pointers, one for each instruction set and
+// storage type.
+//
+// All of them work on *words* of 32 bits: a float, or two bf16 that one instruction multiplies and adds. A
+// word holds `pack` values that follow each other in the sum: input channels, or pixels for the gradient of
+// the weights.
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "cpu/mask.h"
+
+namespace fastres::cpu {
+
+// sums[row][lane] (+)= sum over runs and steps of a[row][run][step] * b[run][step][lane]
+struct MultiplyTile {
+    const float* a;
+    int64_t row_stride, step_stride;  // words of a, from row to row and from step to step
+    const int64_t* runs;              // words of a: where each run begins
+    int64_t run_count, steps;         // steps of each run
+    const float* b;                   // [run][step][block]
+    float* sums;                      // [row][sums_stride]
+    int64_t sums_stride;
+    int rows, vectors;  // at most those of ConvKernels
+    bool add;
+};
+
+// What is done with a value when it is loaded.
+enum class Prologue : int {
+    none = 0,
+    activation = 1,  // act(batch_norm(value)), by mean, scale and shift
+    gradient = 2,    // the gradient of batch_norm's input, by all coefficients; value is that of its output
+};
+
+// Arrays of one float a channel; the names are those of InputGradPiece in cpu/kernels.h.
+struct PrologueCoefficients {
+    Prologue kind;
+    const float *mean, *scale, *shift, *mean_grad, *slope;
+    bool relu;  // of the activation
+    Mask mask;  // of the gradient: none or recomputed
+};
+
+// Pixels of one image row, at column, column + column_step, ...; zero beyond the row, after the prologue.
+struct PixelRow {
+    const void* row;    // of the tensor, at its first channel; null: zero throughout
+    const void* input;  // batch norm's, at the same place, for Prologue::gradient
+    int64_t width;      // pixels of the tensor's row
+    int64_t pixel_stride;
+    int64_t column, column_step, columns;
+    int64_t first_channel, channels;
+    PrologueCoefficients prologue;
+};
+
+// Where the sums of a tile go: output = act(sums + bias + residual), as far as these are given; or
+// output = sums, with the moments of the output.
+struct StoreTile {
+    const float* sums;  // [row][sums_stride]
+    int64_t sums_stride;
+    int rows;
+    int64_t channels;
+    void* output;          // the first row's, and so the residual
+    const void* residual;  // or null
+    int64_t row_stride;    // elements of output and residual from one row to the next
+    const float* bias;     // or null
+    bool relu;
+    bool stream;  // write past the caches; each row's channels are then whole, aligned cache lines
+    // Sums over the rows of (output - shift) and of its square, added to what is there; or null.
+    const float* shift;
+    float* sum;
+    float* sum_of_squares;
+};
+
+// A matrix [k][n] of weights in a tensor of any layout.
+struct WeightBlock {
+    void* data;
+    Dtype dtype;
+    int64_t k, n, k_stride, n_stride;
+};
+
+struct ConvKernels {
+    int pack;
+    int block;      // lanes of a tile, in vectors of block / vectors
+    int vectors;    // the most of a tile
+    int tile_rows;  // the most of a tile
+    void (*multiply)(const MultiplyTile&);
+    // words[column][ceil(channels / pack)], pairs of channels
+    void (*load_channels)(const PixelRow&, float* words);
+    // words[channel / width][ceil(columns / pack)][width], pairs of columns; block_stride words from one
+    // block of `width` channels to the next
+    void (*load_pixels)(const PixelRow&, int64_t width, float* words, int64_t block_stride);
+    // words[ceil(k / pack)][block], pairs of k; zero beyond n
+    void (*pack_weight)(const WeightBlock&, float* words);
+    // [k][n] = sums[k][n], whose rows are sums_stride apart
+    void (*unpack_weight)(const float* sums, int64_t sums_stride, const WeightBlock&);
+    void (*store)(const StoreTile&);
+};
+
+}  // namespace fastres::cpu

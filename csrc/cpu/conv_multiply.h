@@ -1,0 +1,85 @@
+// sums (+)= a * b: where a convolution spends its time.
+#pragma once
+
+#include "cpu/conv_kernels.h"
+#include "cpu/conv_words.h"
+
+namespace fastres::cpu::FASTRES_ISA {
+
+// The sums stay in registers: rows * vectors of them, and `vectors` for b. Each call's are added up by
+// themselves before they join those of the calls before: the rounding errors of a long sum grow with the
+// length of its parts.
+template <class Words, int rows, int vectors, int block>
+void multiply_tile(const MultiplyTile& tile) {
+    constexpr int lanes = kLanes<float>;
+    constexpr int rows_at_a_pointer = 3;  // an address takes one register and 0, 1 or 2 times another
+    constexpr int pointers = (rows + rows_at_a_pointer - 1) / rows_at_a_pointer;
+    // One register more than there are would be needed for a full tile: of the last vector of b, the
+    // products take their words of a straight from memory.
+    constexpr int registers = kVectorBytes == 64 ? 32 : 16;
+    constexpr int in_registers = rows * vectors + vectors + 1 > registers ? vectors - 1 : vectors;
+    Vec<float> sums[rows][vectors];
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) sums[r][v] = Vec<float>{};
+    }
+    const int64_t row_stride = tile.row_stride, step_stride = tile.step_stride;
+    const float* b = tile.b;
+    for (int64_t run = 0; run < tile.run_count; ++run) {
+        const float* a[pointers];
+#pragma GCC unroll 8
+        for (int i = 0; i < pointers; ++i)
+            a[i] = tile.a + tile.runs[run] + i * rows_at_a_pointer * row_stride;
+        for (int64_t step = 0; step < tile.steps; ++step) {
+            const auto word = [&](int r) FASTRES_INLINE_BODY {
+                return a[r / rows_at_a_pointer] + r % rows_at_a_pointer * row_stride;
+            };
+            Vec<float> words[vectors];
+#pragma GCC unroll 8
+            for (int v = 0; v < in_registers; ++v) words[v] = load(b + v * lanes);
+#pragma GCC unroll 16
+            for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+                for (int v = 0; v < in_registers; ++v)
+                    sums[r][v] = Words::multiply_add(sums[r][v], words[v], word(r));
+            }
+            if constexpr (in_registers < vectors) {
+                constexpr int last = vectors - 1;
+                words[last] = load(b + last * lanes);
+#pragma GCC unroll 16
+                for (int r = 0; r < rows; ++r)
+                    Words::multiply_add_memory(sums[r][last], words[last], word(r));
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < pointers; ++i) a[i] += step_stride;
+            b += block;
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+        float* out = tile.sums + r * tile.sums_stride;
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v)
+            store<false>(out + v * lanes, tile.add ? load(out + v * lanes) + sums[r][v] : sums[r][v]);
+    }
+}
+
+template <class Words, int tile_rows, int vectors, int block>
+FASTRES_ALWAYS void multiply_rows(const MultiplyTile& tile) {
+    if constexpr (tile_rows > 0) {
+        if (tile.rows == tile_rows) return multiply_tile<Words, tile_rows, vectors, block>(tile);
+        multiply_rows<Words, tile_rows - 1, vectors, block>(tile);
+    }
+}
+
+template <class Words, int tile_rows, int tile_vectors, int vectors = tile_vectors>
+void multiply(const MultiplyTile& tile) {
+    if constexpr (vectors > 0) {
+        constexpr int block = tile_vectors * kLanes<float>;
+        if (tile.vectors == vectors) return multiply_rows<Words, tile_rows, vectors, block>(tile);
+        multiply<Words, tile_rows, tile_vectors, vectors - 1>(tile);
+    }
+}
+
+}  // namespace fastres::cpu::FASTRES_ISA

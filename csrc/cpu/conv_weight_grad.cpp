@@ -1,0 +1,285 @@
+// The gradient of a convolution's weights: products of the input and the output's gradient, summed over the
+// pixels.
+#include <algorithm>
+#include <vector>
+
+#include "cpu/conv_box.h"
+#include "cpu/convolution.h"
+#include "cpu/isa.h"
+#include "cpu/pointer.h"
+#include "cpu/prefetch.h"
+
+namespace fastres::cpu {
+namespace {
+
+// A part of the weights, whose sums one thread keeps in its cache while it walks over the pixels.
+struct Chunk {
+    Range in_channels, out_channels;
+};
+
+class WeightGradLoop {
+  public:
+    WeightGradLoop(const ConvBackwardWeight& args, const ThreadPool& pool)
+        : args_(args),
+          shape_(flattened(args.shape)),
+          pool_(pool),
+          kernels_(*convolution_kernels(args.dtype)),
+          taps_(shape_.kernel.h * shape_.kernel.w),
+          row_step_(shape_.kernel.h == 1 ? shape_.stride.h : 1) {}
+
+    void run() {
+        cut();
+        const Boxes boxes(shape_.batch, shape_.out, pixels_of_box());
+        const int64_t chunks = in_chunks_ * out_chunks_;
+        const int64_t parts = std::max<int64_t>(1, std::min(boxes.count(), pool_.threads() / chunks));
+        const int64_t chunk_words = taps_ * in_chunk_ * out_chunk_;
+        static thread_local Workspace partial;
+        float* partial_sums = parts > 1 ? partial.floats(parts * chunks * chunk_words) : nullptr;
+        pool_.for_each(chunks * parts, [&](int64_t task) {
+            static thread_local Workspace workspace;
+            const Chunk chunk = chunk_of(task / parts);
+            float* words = workspace.floats(chunk_words + words_of_operands(boxes));
+            float* sums = partial_sums ? partial_sums + task * chunk_words : words;
+            sum(boxes, part(boxes.count(), parts, task % parts), chunk, words + chunk_words, sums);
+            if (!partial_sums) store(chunk, sums);
+        });
+        if (!partial_sums) return;
+        pool_.for_each(chunks, [&](int64_t index) {
+            const Chunk chunk = chunk_of(index);
+            float* sums = partial_sums + index * parts * chunk_words;
+            for (int64_t p = 1; p < parts; ++p)
+                for (int64_t i = 0; i < chunk_words; ++i) sums[i] += sums[p * chunk_words + i];
+            store(chunk, sums);
+        });
+    }
+
+  private:
+    // The rounding errors of a box's sums grow with its pixels, and average out over many boxes. Those of
+    // bf16 are lost in the rounding of the operands.
+    int64_t pixels_of_box() const {
+        constexpr int64_t usual = 224, many = 8192, few = 2048;
+        const int64_t pixels = shape_.batch * shape_.out.h * shape_.out.w;
+        if (args_.dtype == Dtype::bf16 || pixels >= many) return usual;
+        return pixels >= few ? usual / 2 : usual / 4;
+    }
+
+    static Conv2d flattened(Conv2d shape) {
+        const bool pointwise = shape.kernel.h == 1 && shape.kernel.w == 1 && shape.stride.h == 1 &&
+                               shape.stride.w == 1 && shape.padding.h == 0 && shape.padding.w == 0;
+        if (pointwise) {
+            shape.in = shape.out = {1, shape.batch * shape.in.h * shape.in.w};
+            shape.batch = 1;
+        }
+        return shape;
+    }
+
+    void cut() {
+        constexpr int64_t most_words = 80 * 1024;
+        const int64_t block = kernels_.block;
+        const auto blocks = [&](int64_t channels) { return (channels + block - 1) / block; };
+        const int64_t most_blocks = std::max<int64_t>(1, most_words / (taps_ * block * block));
+        in_width_ = std::min(block, shape_.in_channels);
+        // As square as can be: each operand is loaded once for each chunk of the other's channels.
+        int64_t out_blocks = std::min(blocks(shape_.out_channels), most_blocks);
+        int64_t in_blocks = std::min(blocks(shape_.in_channels), most_blocks);
+        while (in_blocks * out_blocks > most_blocks)
+            (in_blocks >= out_blocks ? in_blocks : out_blocks) -= 1;
+        in_chunks_ = (blocks(shape_.in_channels) + in_blocks - 1) / in_blocks;
+        out_chunks_ = (blocks(shape_.out_channels) + out_blocks - 1) / out_blocks;
+        in_chunk_ = in_blocks * block;
+        out_chunk_ = out_blocks * block;
+    }
+
+    Chunk chunk_of(int64_t index) const {
+        const Range in = part(shape_.in_channels, in_chunks_, index / out_chunks_, kernels_.block);
+        const Range out = part(shape_.out_channels, out_chunks_, index % out_chunks_, kernels_.block);
+        return {in, out};
+    }
+
+    int64_t steps(int64_t columns) const { return (columns + kernels_.pack - 1) / kernels_.pack; }
+
+    int64_t patch_rows(const Box& box) const {
+        return row_step_ > 1 ? box.rows.size()
+                             : (box.rows.size() - 1) * shape_.stride.h +
+                                   (shape_.kernel.h - 1) * shape_.dilation.h + 1;
+    }
+
+    int64_t words_of_operands(const Boxes& boxes) const {
+        if (boxes.count() == 0) return 0;
+        const Box box = boxes[0];
+        // Boxes differ by one row, column or image.
+        const Box largest{
+            {0, box.images.size() + 1}, {0, box.rows.size() + 1}, {0, box.columns.size() + 1}};
+        const int64_t row = steps(largest.columns.size());
+        return largest.images.size() * row *
+               (patch_rows(largest) * shape_.kernel.w * in_chunk_ + largest.rows.size() * out_chunk_);
+    }
+
+    // sums[tap][in channel][out channel] over some boxes
+    void sum(const Boxes& boxes, Range range, const Chunk& chunk, float* words, float* sums) const {
+        const int64_t block = kernels_.block, lanes = block / kernels_.vectors;
+        if (range.size() == 0) std::fill_n(sums, taps_ * in_chunk_ * out_chunk_, 0.0f);
+        for (int64_t index = range.begin; index < range.end; ++index) {
+            const Box box = boxes[index];
+            const int64_t row_steps = steps(box.columns.size());
+            const int64_t rows = box.images.size() * box.rows.size(), patch = patch_rows(box);
+            const int64_t grad_block = rows * row_steps * block;
+            const int64_t input_block = box.images.size() * patch * row_steps * in_width_;
+            const int64_t in_blocks = (chunk.in_channels.size() + in_width_ - 1) / in_width_;
+            float* grad = words;
+            float* input = words + (chunk.out_channels.size() + block - 1) / block * grad_block;
+            Prefetch prefetch;
+            if (index + 1 < range.end) fetch(boxes[index + 1], chunk, prefetch);
+            prefetch.spread(multiplications(chunk));
+            load_grad(box, chunk.out_channels, grad, grad_block);
+            for (int64_t kw = 0; kw < shape_.kernel.w; ++kw)
+                load_input(box, chunk.in_channels, kw, input + kw * in_blocks * input_block, input_block);
+
+            std::vector<int64_t> runs(rows);
+            MultiplyTile tile{};
+            tile.row_stride = 1;
+            tile.step_stride = in_width_;
+            tile.run_count = rows;
+            tile.steps = row_steps;
+            tile.sums_stride = out_chunk_;
+            tile.add = index > range.begin;
+            for (int64_t kh = 0; kh < shape_.kernel.h; ++kh) {
+                for (int64_t row = 0; row < rows; ++row) {
+                    const int64_t image = row / box.rows.size(), r = row % box.rows.size();
+                    const int64_t patch_row =
+                        row_step_ > 1 ? r : r * shape_.stride.h + kh * shape_.dilation.h;
+                    runs[row] = (image * patch + patch_row) * row_steps * in_width_;
+                }
+                tile.runs = runs.data();
+                for (int64_t kw = 0; kw < shape_.kernel.w; ++kw) {
+                    const int64_t tap = kh * shape_.kernel.w + kw;
+                    for (int64_t n = 0; n < chunk.out_channels.size(); n += block) {
+                        tile.b = grad + n / block * grad_block;
+                        tile.vectors = static_cast<int>(
+                            (std::min(block, chunk.out_channels.size() - n) + lanes - 1) / lanes);
+                        for (int64_t m = 0; m < chunk.in_channels.size(); m += in_width_) {
+                            const int64_t width = std::min(in_width_, chunk.in_channels.size() - m);
+                            const int64_t groups = (width + kernels_.tile_rows - 1) / kernels_.tile_rows;
+                            for (int64_t group = 0; group < groups; ++group) {
+                                const Range channels = part(width, groups, group);
+                                tile.a =
+                                    input + (kw * in_blocks + m / in_width_) * input_block + channels.begin;
+                                tile.sums = sums + (tap * in_chunk_ + m + channels.begin) * out_chunk_ + n;
+                                tile.rows = static_cast<int>(channels.size());
+                                prefetch.step();
+                                kernels_.multiply(tile);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    int64_t multiplications(const Chunk& chunk) const {
+        const int64_t block = kernels_.block, rows = kernels_.tile_rows;
+        const int64_t groups =
+            ((in_width_ + rows - 1) / rows) * ((chunk.in_channels.size() + in_width_ - 1) / in_width_);
+        return taps_ * groups * ((chunk.out_channels.size() + block - 1) / block);
+    }
+
+    // The operands of a box: a piece of each pixel's channels, or all as one.
+    void fetch(const Box& box, const Chunk& chunk, Prefetch& prefetch) const {
+        const int64_t value = size_of(args_.dtype);
+        const auto add = [&](const ConvOperand& operand, Axes size, int64_t channels, Range wanted,
+                             Axes step) {
+            const auto pixel = [&](int64_t image, int64_t row, int64_t column) {
+                return (image * size.h + std::min(row * step.h, size.h - 1)) * size.w +
+                       std::min(column * step.w, size.w - 1);
+            };
+            const int64_t begin = pixel(box.images.begin, box.rows.begin, box.columns.begin);
+            const int64_t end = pixel(box.images.end - 1, box.rows.end - 1, box.columns.end - 1) + 1;
+            const bool whole = wanted.size() == channels;
+            for (const void* data : {operand.data, operand.bn_input})
+                prefetch.add(at(data, begin * channels + wanted.begin, args_.dtype),
+                             whole ? 1 : end - begin, (whole ? end - begin : 1) * wanted.size() * value,
+                             channels * value);
+        };
+        add(args_.grad, shape_.out, shape_.out_channels, chunk.out_channels, {1, 1});
+        // Where a stride skips pixels, most of that would be fetched in vain.
+        if (shape_.stride.h > shape_.kernel.h || shape_.stride.w > shape_.kernel.w) return;
+        add(args_.input, shape_.in, shape_.in_channels, chunk.in_channels, shape_.stride);
+    }
+
+    void load_grad(const Box& box, Range channels, float* words, int64_t block_stride) const {
+        PixelRow row{};
+        row.width = shape_.out.w;
+        row.pixel_stride = shape_.out_channels;
+        row.column = box.columns.begin;
+        row.column_step = 1;
+        row.columns = box.columns.size();
+        row.first_channel = channels.begin;
+        row.channels = channels.size();
+        row.prologue = args_.grad.prologue;
+        for (int64_t image = box.images.begin; image < box.images.end; ++image) {
+            for (int64_t r = box.rows.begin; r < box.rows.end; ++r) {
+                const int64_t element = (image * shape_.out.h + r) * shape_.out.w * shape_.out_channels;
+                row.row = at(args_.grad.data, element, args_.dtype);
+                row.input = at(args_.grad.bn_input, element, args_.dtype);
+                kernels_.load_pixels(row, kernels_.block, words, block_stride);
+                words += steps(row.columns) * kernels_.block;
+            }
+        }
+    }
+
+    // What one column of the kernel sees.
+    void load_input(const Box& box, Range channels, int64_t kw, float* words, int64_t block_stride) const {
+        PixelRow row{};
+        row.width = shape_.in.w;
+        row.pixel_stride = shape_.in_channels;
+        row.column = box.columns.begin * shape_.stride.w - shape_.padding.w + kw * shape_.dilation.w;
+        row.column_step = shape_.stride.w;
+        row.columns = box.columns.size();
+        row.first_channel = channels.begin;
+        row.channels = channels.size();
+        row.prologue = args_.input.prologue;
+        for (int64_t image = box.images.begin; image < box.images.end; ++image) {
+            for (int64_t r = 0; r < patch_rows(box); ++r) {
+                const int64_t in_row = box.rows.begin * shape_.stride.h - shape_.padding.h + r * row_step_;
+                const int64_t element = (image * shape_.in.h + in_row) * shape_.in.w * shape_.in_channels;
+                const bool inside = in_row >= 0 && in_row < shape_.in.h;
+                row.row = inside ? at(args_.input.data, element, args_.dtype) : nullptr;
+                kernels_.load_pixels(row, in_width_, words, block_stride);
+                words += steps(row.columns) * in_width_;
+            }
+        }
+    }
+
+    void store(const Chunk& chunk, const float* sums) const {
+        for (int64_t kh = 0; kh < shape_.kernel.h; ++kh) {
+            for (int64_t kw = 0; kw < shape_.kernel.w; ++kw) {
+                const ConvWeight& weight = args_.grad_weight;
+                const int64_t tap = kh * shape_.kernel.w + kw;
+                const int64_t element = chunk.in_channels.begin * weight.stride_in +
+                                        chunk.out_channels.begin * weight.stride_out +
+                                        kh * weight.stride_h + kw * weight.stride_w;
+                kernels_.unpack_weight(sums + tap * in_chunk_ * out_chunk_, out_chunk_,
+                                       {static_cast<char*>(weight.data) + element * size_of(weight.dtype),
+                                        weight.dtype, chunk.in_channels.size(), chunk.out_channels.size(),
+                                        weight.stride_in, weight.stride_out});
+            }
+        }
+    }
+
+    const ConvBackwardWeight& args_;
+    const Conv2d shape_;
+    const ThreadPool& pool_;
+    const ConvKernels& kernels_;
+    const int64_t taps_;
+    const int64_t row_step_;  // input rows from one row of a patch to the next
+    int64_t in_width_ = 0;    // words of a step of the input
+    int64_t in_chunk_ = 0, out_chunk_ = 0, in_chunks_ = 0, out_chunks_ = 0;
+};
+
+}  // namespace
+
+void conv_backward_weight(const ConvBackwardWeight& args, const ThreadPool& pool) {
+    WeightGradLoop(args, pool).run();
+}
+
+}  // namespace fastres::cpu

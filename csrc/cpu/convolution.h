@@ -1,0 +1,50 @@
+// Two-dimensional convolutions of channels-last activations, together with the batch norm before and behind
+// them.
+#pragma once
+
+#include "core/bn_math.h"
+#include "core/conv2d.h"
+#include "cpu/conv_kernels.h"
+#include "cpu/parallel.h"
+
+namespace fastres::cpu {
+
+// An activation or its gradient, as it is or as a batch norm makes it, value by value, when it is loaded.
+struct ConvOperand {
+    const void* data;
+    const void* bn_input;  // for Prologue::gradient
+    PrologueCoefficients prologue;
+};
+
+struct ConvForward {
+    Conv2d shape;
+    Dtype dtype;  // of input, residual and output
+    ConvOperand input;
+    ConvWeight weight;
+    const float* bias;     // [out_channels], or null
+    const void* residual;  // like output, or null
+    bool relu;
+    void* output;
+    bn_math::Moments<double>* moments;  // [out_channels], of the output over all pixels; or null
+};
+
+struct ConvBackwardInput {
+    Conv2d shape;
+    Dtype dtype;
+    ConvOperand grad;
+    ConvWeight weight;
+    void* grad_input;
+};
+
+struct ConvBackwardWeight {
+    Conv2d shape;
+    Dtype dtype;
+    ConvOperand grad, input;
+    ConvWeight grad_weight;
+};
+
+void conv_forward(const ConvForward& args, const ThreadPool& pool);
+void conv_backward_input(const ConvBackwardInput& args, const ThreadPool& pool);
+void conv_backward_weight(const ConvBackwardWeight& args, const ThreadPool& pool);
+
+}  // namespace fastres::cpu

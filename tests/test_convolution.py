@@ -1,0 +1,706 @@
+"""The convolution kernels against float64: values, gradients, epilogues, special values, bad input."""
+
+import contextlib
+import functools
+import math
+import random
+from typing import NamedTuple
+
+import pytest
+import torch
+from accuracy import FACTOR
+from torch.nn import functional as F
+
+from fastres import _C
+
+KERNELS = torch.ops.fastres
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def units() -> list[tuple[str, str]]:
+    """Instruction sets and the dtypes that each has convolutions of."""
+    before, found = _C.cpu_isa(), []
+    for isa in _C.cpu_isas():
+        _C.select_cpu_isa(isa)
+        found += [(isa, dtype) for dtype in DTYPES if _C.convolves(dtype)]
+    _C.select_cpu_isa(before)
+    return found
+
+
+@pytest.fixture(params=units(), ids="-".join)
+def unit(request):
+    """Selects an instruction set; the dtype that it is to convolve."""
+    before = _C.cpu_isa()
+    _C.select_cpu_isa(request.param[0])
+    yield DTYPES[request.param[1]]
+    _C.select_cpu_isa(before)
+
+
+@pytest.fixture(params=[isa for isa, dtype in units() if dtype == "float32"])
+def isa(request):
+    before = _C.cpu_isa()
+    _C.select_cpu_isa(request.param)
+    yield request.param
+    _C.select_cpu_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Where a test does not ask for more: on a busy machine small tasks take longer on two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[1, 2], ids=["1_thread", "2_threads"])
+def threads(request, _one_thread):
+    torch.set_num_threads(request.param)
+    return request.param
+
+
+@contextlib.contextmanager
+def poisoned():
+    """Fresh memory holds NaN, so that an element that a kernel forgets is seen."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# cases
+
+
+def channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+class Shape(NamedTuple):
+    """Of a convolution."""
+
+    batch: int
+    in_channels: int
+    out_channels: int
+    image: tuple[int, int]
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    @property
+    def by(self):
+        return self.stride, self.padding, self.dilation
+
+    @property
+    def out(self) -> tuple[int, int]:
+        axes = zip(self.image, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        height, width = ((i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d in axes)
+        return height, width
+
+    @property
+    def terms(self) -> tuple[int, int, int]:
+        """The most that are added up for an element of output, gradient of input and of weight."""
+        # With a stride an input pixel meets every (stride / gcd(stride, dilation))-th tap alone.
+        taps = [
+            -(-k // (s // math.gcd(s, d)))
+            for k, s, d in zip(self.kernel, self.stride, self.dilation, strict=True)
+        ]
+        return (
+            self.in_channels * math.prod(self.kernel),
+            self.out_channels * math.prod(taps),
+            self.batch * math.prod(self.out),
+        )
+
+    def tensors(self, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Input, weight and the output's gradient, channels last."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def randn(*size):
+            return channels_last(torch.randn(size, generator=generator).to(dtype))
+
+        scale = 1 / math.sqrt(self.terms[0])
+        weight = randn(self.out_channels, self.in_channels, *self.kernel).mul_(scale)
+        return (
+            randn(self.batch, self.in_channels, *self.image),
+            weight,
+            randn(self.batch, self.out_channels, *self.out),
+        )
+
+
+def random_shape(seed: int, most: int = 4_000_000) -> Shape:
+    """One that takes at most so many multiplications."""
+    choose = random.Random(seed)
+    while True:
+        kernel = choose.choice([(1, 1), (2, 2), (3, 3), (5, 5), (7, 7), (1, 3), (3, 1), (5, 2), (1, 7)])
+        shape = Shape(
+            choose.randint(1, 5),
+            *(choose.choice([1, 3, 5, 16, 64, 65, 130, 200]) for _ in range(2)),
+            (choose.choice([1, 2, 3, 7, 9, 13, 17]), choose.choice([1, 2, 3, 5, 8, 11, 23])),
+            kernel,
+            (choose.randint(1, 3), choose.randint(1, 3)),
+            (choose.randint(0, kernel[0] + 2), choose.randint(0, kernel[1] + 2)),
+            (choose.randint(1, 2), choose.randint(1, 2)),
+        )
+        if min(shape.out) > 0 and shape.terms[0] * shape.terms[2] * shape.out_channels <= most:
+            return shape
+
+
+SHAPES = [
+    *(random_shape(seed) for seed in range(72)),
+    Shape(1, 64, 65, (1, 230)),  # a row is more than a box
+    Shape(2, 16, 5, (3, 230), (3, 3), (1, 1), (1, 1)),
+    Shape(1, 65, 16, (2, 230), (1, 1), (2, 3), (0, 1)),
+    Shape(1, 5, 3, (230, 1), (5, 1), (1, 1), (2, 0)),
+    Shape(3, 65, 130, (1, 1), (1, 1)),  # a pixel an image
+    Shape(2, 16, 16, (1, 1), (3, 3), (1, 1), (1, 1)),  # sees its padding on all sides
+    Shape(2, 3, 5, (1, 2), (2, 2), (2, 3), (4, 4), (2, 2)),  # padding is wider than the image
+    Shape(1, 1, 1, (1, 1), (7, 7), (3, 3), (9, 9)),
+    Shape(2, 130, 65, (9, 9), (1, 1), (3, 3)),  # most pixels of the input have no gradient
+    Shape(2, 300, 70, (4, 5), (3, 3), (1, 1), (1, 1)),  # input channels in several parts
+    Shape(1, 70, 600, (3, 4), (3, 3), (1, 1), (1, 1)),  # output channels in several parts
+    Shape(5, 16, 16, (20, 20), (3, 3), (2, 2), (1, 1)),  # several boxes of images
+]
+SHAPES = [shape for shape in SHAPES if min(shape.out) > 0]
+
+
+def resnet50(image: int) -> list[Shape]:
+    """Its different convolutions, for images of so many pixels a side."""
+    table = [(3, 64, 7, 2, image)]
+    before, side = 64, image // 4
+    for stage, width in enumerate((64, 128, 256, 512)):
+        stride, wide = 1 if stage == 0 else 2, 4 * width
+        table += [
+            (before, width, 1, 1, side),
+            (width, width, 3, stride, side),
+            (before, wide, 1, stride, side),
+        ]
+        side //= stride
+        table += [(width, wide, 1, 1, side), (wide, width, 1, 1, side), (width, width, 3, 1, side)]
+        before = wide
+    return [
+        Shape(2, i, o, (side, side), (k, k), (s, s), (k // 2, k // 2))
+        for i, o, k, s, side in dict.fromkeys(table)
+    ]
+
+
+def stock(input, weight, grad, shape: Shape):
+    """Output, gradient of the input and of the weight, by PyTorch."""
+    grads = torch.ops.aten.convolution_backward(
+        grad, input, weight, None, *shape.by, False, [0, 0], 1, [True, True, False]
+    )
+    return F.conv2d(input, weight, None, *shape.by), grads[0], grads[1]
+
+
+def ours(input, weight, grad, shape: Shape):
+    return (
+        KERNELS.conv_forward(input, weight, None, None, *shape.by, False),
+        KERNELS.conv_backward_input(grad, weight, input.shape, *shape.by),
+        KERNELS.conv_backward_weight(grad, input, weight, *shape.by),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# accuracy
+
+NAMES = ("output", "gradient of the input", "gradient of the weight")
+
+UNIT_ROUNDOFF = torch.finfo(torch.float32).eps / 2  # of what all kernels sum in
+
+# Rounding to a format of unit roundoff u errs by up to u * 2^e, evenly, where 2^e <= |value| < 2^(e+1). The
+# root mean square of that over |value|, whose logarithm is even, is u * sqrt(1/3 * (3/8) / ln 2).
+ROUNDING = math.sqrt(1 / 8 / math.log(2))
+
+
+def plain_sum_error(reference: torch.Tensor, terms: int) -> float:
+    """Root mean square error of a loop that adds up `terms` products in float32, one after the other.
+
+    Of independent products with mean 0 the k-th partial sum is sqrt(k / terms) of the whole, and each is
+    rounded once: the squares of the roundings add up to terms / 2 of the whole's.
+    """
+    return ROUNDING * UNIT_ROUNDOFF * math.sqrt((terms + 1) / 2) * rms(reference)
+
+
+def rms(values: torch.Tensor) -> float:
+    return values.double().square().mean().sqrt().item()
+
+
+class Reference(NamedTuple):
+    """Float64 values, what their terms' magnitudes add up to, stock's error and that of rounding alone."""
+
+    value: torch.Tensor
+    magnitude: torch.Tensor
+    stock_error: float
+    rounding_error: float
+
+    def bound(self, terms: int, dtype: torch.dtype) -> torch.Tensor:
+        """For each element, of a sum of `terms` in any order: Higham 2002, (3.5).
+
+        And of its rounding to dtype, also below the smallest normal number.
+        """
+        info, sum_bound = torch.finfo(dtype), (terms + 1) * UNIT_ROUNDOFF * self.magnitude
+        return sum_bound + info.eps / 2 * (self.value.abs() + sum_bound) + info.smallest_normal * info.eps
+
+
+@functools.cache
+def references(shape: Shape, dtype: torch.dtype) -> list[Reference]:
+    tensors = shape.tensors(dtype)
+    result = []
+    for exact, magnitude, theirs in zip(
+        stock(*(t.double() for t in tensors), shape),
+        stock(*(t.abs() for t in shape.tensors(torch.float32)), shape),
+        stock(*tensors, shape),
+        strict=True,
+    ):
+        error, rounded = rms(theirs.double() - exact), exact.to(dtype).double()
+        # PyTorch 2.13's bfloat16 gradient of the weight reads memory that nobody wrote, of some shapes.
+        error = error if math.isfinite(error) else 0.0
+        result.append(Reference(exact, magnitude.double(), error, rms(rounded - exact)))
+    return result
+
+
+# The root mean square of so many elements is certain to a tenth.
+FEWEST = 64
+
+
+def failures(values, shape: Shape, dtype: torch.dtype, least_error: bool) -> list[str]:
+    """In words, which of output and gradients is further from float64 than FACTOR times stock.
+
+    Args:
+        least_error: stock's error counts for at least that of a plain loop. PyTorch adds some shapes up in
+            many small parts, and some in double.
+    """
+    found = []
+    for name, value, reference, terms in zip(
+        NAMES, values, references(shape, dtype), shape.terms, strict=True
+    ):
+        difference = (value.double() - reference.value).abs()
+        if not (difference <= reference.bound(terms, dtype)).all():
+            found.append(
+                f"{name} of {shape}: an element is beyond its bound, largest {difference.max():.3g}"
+            )
+        floor = reference.rounding_error
+        if least_error:
+            floor = math.hypot(floor, plain_sum_error(reference.value, terms))
+        error, theirs = rms(difference), reference.stock_error
+        bound = FACTOR * max(theirs, floor)
+        if value.numel() >= FEWEST and not error <= bound:
+            found.append(f"{name} of {shape}: error {error:.3e}, stock's {theirs:.3e}, bound {bound:.3e}")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------
+# values
+
+
+LAYOUTS = torch.contiguous_format, torch.channels_last
+
+
+def test_any_shape(unit, threads):
+    """In each layout of the weight."""
+    found = []
+    for index, shape in enumerate(SHAPES if threads == 1 else SHAPES[::3]):
+        input, weight, grad = shape.tensors(unit)
+        for layout in LAYOUTS if threads == 1 else LAYOUTS[index % 2 :][:1]:
+            with poisoned():
+                values = ours(input, weight.contiguous(memory_format=layout), grad, shape)
+            assert all(v.is_contiguous(memory_format=torch.channels_last) for v in values[:2])
+            assert values[2].is_contiguous(memory_format=layout)
+            found += failures(values, shape, unit, least_error=True)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "shape", resnet50(64), ids=lambda s: f"{s.in_channels}-{s.out_channels}-{s.kernel[0]}-{s.stride[0]}"
+)
+def test_resnet_is_as_accurate_as_stock(unit, shape):
+    found = failures(ours(*shape.tensors(unit), shape), shape, unit, least_error=False)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "shape", resnet50(112), ids=lambda s: f"{s.in_channels}-{s.out_channels}-{s.kernel[0]}-{s.stride[0]}"
+)
+def test_larger_images_are_as_accurate_as_stock(shape):
+    found = failures(ours(*shape.tensors(torch.float32), shape), shape, torch.float32, least_error=False)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda w: w.transpose(2, 3), lambda w: w.flip(0)[::2], lambda w: w[:1].expand(6, 5, 3, 3)]
+)
+def test_weights_anywhere_in_memory(unit, make):
+    weight = make(torch.randn(6, 5, 3, 3).to(unit))
+    shape = Shape(2, 5, len(weight), (6, 7), (3, 3), (2, 1), (1, 1))
+    input, _, grad = shape.tensors(unit)
+    for strided, dense in zip(
+        ours(input, weight, grad, shape), ours(input, weight.contiguous(), grad, shape), strict=True
+    ):
+        assert torch.equal(strided, dense)
+
+
+@pytest.mark.parametrize("padding", [(1, 1), (0, 3)], ids=str)
+@pytest.mark.parametrize("stride", [(2, 2), (3, 3), (2, 3)], ids=str)
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (7, 2)], ids=str)
+def test_gradient_of_the_input_is_the_adjoint(isa, kernel, stride, padding):
+    shape = Shape(2, 20, 33, (11, 9), kernel, stride, padding)
+    input, weight, grad = shape.tensors(torch.float32)
+    output, grad_input, _ = ours(input, weight, grad, shape)
+    forward = (output.double() * grad).sum()
+    backward = (input.double() * grad_input).sum()
+    # Both sums in their order err as Higham 2002, (3.5) says.
+    magnitude = (F.conv2d(input.double().abs(), weight.double().abs(), None, *shape.by) * grad.abs()).sum()
+    bound = (shape.terms[0] + shape.terms[1]) * UNIT_ROUNDOFF * magnitude
+    assert abs(forward - backward) <= bound
+    assert bound < 1e-3 * magnitude
+
+
+# ---------------------------------------------------------------------------------------------------------
+# what is done while storing
+
+
+EPILOGUE_SHAPES = [
+    Shape(2, 16, 64, (7, 9), (3, 3), (1, 1), (1, 1)),
+    Shape(3, 5, 65, (6, 4), (1, 1)),
+    Shape(2, 130, 200, (9, 5), (3, 3), (2, 2), (1, 1)),
+    Shape(1, 16, 128, (129, 128), (1, 1)),  # so large that it is written past the caches
+]
+
+
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
+def test_epilogue_equals_its_parts(unit, bias, residual, relu):
+    for shape in EPILOGUE_SHAPES:
+        input, weight, other = shape.tensors(unit)
+        vector = torch.randn(shape.out_channels) if bias else None
+        with poisoned():
+            output = KERNELS.conv_forward(
+                input, weight, vector, other if residual else None, *shape.by, relu
+            )
+        # All in float32 and rounded once: for float32 that is the composition to the bit.
+        exact = references(shape, unit)[0]
+        products = exact.value
+        if unit == torch.float32:
+            products = KERNELS.conv_forward(input, weight, None, None, *shape.by, False)
+        parts = products if vector is None else products + vector.view(-1, 1, 1)
+        parts = parts + other if residual else parts
+        parts = F.relu(parts) if relu else parts
+        if unit == torch.float32:
+            assert torch.equal(output, parts), shape
+            continue
+        magnitude = exact.magnitude + (0 if vector is None else vector.view(-1, 1, 1).abs())
+        magnitude = magnitude + other.abs() if residual else magnitude
+        bound = Reference(parts, magnitude, 0, 0).bound(shape.terms[0] + 2, unit)
+        assert ((output.double() - parts).abs() <= bound).all(), shape
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3], ids=["centred", "far_from_zero"])
+def test_statistics_of_the_output(unit, threads, mean):
+    """Those of what was stored, summed about a value of the box: the spread counts, not the mean."""
+    most_pixels_of_a_box = 256
+    for shape in [
+        Shape(2, 16, 65, (9, 7), (1, 1)),
+        Shape(2, 130, 64, (12, 21), (1, 1)),
+        Shape(5, 16, 16, (21, 21), (3, 3), (2, 2)),
+        Shape(1, 16, 70, (2, 300), (1, 3)),
+        *([] if mean else SHAPES[:: 6 * threads]),
+    ]:
+        if shape.terms[2] < 2:
+            continue
+        input, weight, _ = shape.tensors(unit)
+        if mean:  # of an output that hardly varies
+            input, weight = 1 + input / 1024, weight + mean / shape.terms[0]
+        _, conv_output, save_mean, save_rstd = KERNELS.conv_bn_act_forward(
+            input, weight, None, None, None, None, None, *shape.by, 0.1, 1e-5, False
+        )
+        assert torch.equal(conv_output, KERNELS.conv_forward(input, weight, None, None, *shape.by, False))
+        exact = conv_output.double()
+        # Of the values about the first, which is taken before it is rounded.
+        spread = exact.amax((0, 2, 3)) - exact.amin((0, 2, 3))
+        spread += torch.finfo(unit).eps * exact.abs().amax((0, 2, 3))
+        # Higham 2002, (3.5), of the sums of a box, which are merged in double.
+        relative = UNIT_ROUNDOFF * (min(shape.terms[2], most_pixels_of_a_box) + 1)
+        error = (save_mean - exact.mean((0, 2, 3))).abs()
+        assert (error <= relative * spread).all(), shape
+        error = (save_rstd.pow(-2) - 1e-5 - exact.var((0, 2, 3), unbiased=False)).abs()
+        assert (error <= 3 * relative * spread.square() + 1e-15).all(), shape
+
+
+def test_the_activation_before_is_made_in_the_loads(unit, threads):
+    """As where it is read from memory, to the bit."""
+    for shape in SHAPES[:: 7 * threads]:
+        if shape.terms[2] < 2 or shape.batch * math.prod(shape.image) < 2:
+            continue
+        before, conv_weight, grad = shape.tensors(unit)
+        vectors = [torch.rand(shape.in_channels) + 0.5, torch.randn(shape.in_channels)]
+        for relu in (False, True):
+            input, mean, rstd = KERNELS.bn_act_forward(
+                before, None, None, None, *vectors, True, 0.1, 1e-5, relu
+            )
+            _, conv_output, *norm = KERNELS.conv_bn_act_forward(
+                input, conv_weight, None, None, None, None, None, *shape.by, 0.1, 1e-5, True
+            )
+            front = (grad, conv_output, None, None, None, *norm, True)
+            back = (conv_weight, *shape.by, True, True)
+            read = KERNELS.conv_bn_act_backward(*front, input, None, None, None, None, False, *back)
+            made = KERNELS.conv_bn_act_backward(*front, before, *vectors, mean, rstd, relu, *back)
+            for a, b in zip(read, made, strict=True):
+                assert torch.equal(a, b), shape
+
+
+# ---------------------------------------------------------------------------------------------------------
+# special values, old memory, repetition
+
+
+SPECIAL = [
+    Shape(2, 16, 64, (7, 9), (3, 3), (1, 1), (1, 1)),
+    Shape(2, 65, 5, (8, 5), (3, 2), (2, 3), (2, 0), (1, 2)),
+    Shape(3, 5, 65, (6, 4), (1, 1), (2, 2)),
+]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("shape", SPECIAL, ids=str)
+def test_nan_and_inf_go_where_they_are_multiplied(unit, shape, value):
+    """Where stock's would go; which of the zeros around the image it multiplies depends on the shape."""
+    for place in [(0, 0, 0, 0), (1, 3, 2, 1), (1, 4, 5, 3)]:
+        for changed in (0, 2):  # the input and the output's gradient
+            tensors = shape.tensors(unit)
+            place_inside = tuple(min(p, s - 1) for p, s in zip(place, tensors[changed].shape, strict=True))
+            tensors[changed][place_inside] = value
+            exact = stock(*(t.double() for t in tensors), shape)
+            # A convolution of what is not finite with ones counts it, where it takes part.
+            marks = [(~t.isfinite()).double() for t in tensors]
+            ones = [torch.ones_like(m) for m in marks]
+            ones[changed] = marks[changed]
+            counts = stock(*ones, shape)
+            for name, result, expected, count in zip(
+                NAMES, ours(*tensors, shape), exact, counts, strict=True
+            ):
+                if changed == (2 if name == NAMES[0] else 0 if name == NAMES[1] else -1):
+                    continue  # it is no operand
+                inside = count > 0
+                if not (changed == 2 and name == NAMES[2]):  # which multiplies the zeros as well
+                    assert result[~inside].isfinite().all(), name
+                assert torch.equal(result[inside].isnan(), expected[inside].isnan()), name
+                assert torch.equal(result[inside].isinf(), expected[inside].isinf()), name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_channels_nan_does_not_reach_the_others(unit, value):
+    """In the gradient of the weight, whose sums take the zeros around the image along."""
+    shape = Shape(2, 65, 70, (5, 6), (3, 3), (1, 1), (1, 1))
+    input, weight, grad = shape.tensors(unit)
+    input[1, 64, 2, 2] = value
+    grad[0, 69, 0, 0] = value
+    result = KERNELS.conv_backward_weight(grad, input, weight, *shape.by)
+    assert result[:69, :64].isfinite().all()
+    assert not result[69, 0].isfinite().all() and not result[0, 64].isfinite().any()
+
+
+def test_what_an_earlier_call_left_in_memory_has_no_part(unit, threads):
+    large = Shape(5, 130, 130, (9, 9), (3, 3), (1, 1), (1, 1))
+    nan = [torch.full_like(t, float("nan")) for t in large.tensors(unit)]
+    small = [shape for shape in SHAPES if shape.terms[2] < 400][:: threads * 4]
+    before = [ours(*shape.tensors(unit), shape) for shape in small]
+    for shape, expected in zip(small, before, strict=True):
+        if shape in small[::4]:
+            assert all(t.isnan().all() for t in ours(*nan, large))
+        for result, first in zip(ours(*shape.tensors(unit), shape), expected, strict=True):
+            assert torch.equal(result, first), shape
+
+
+def test_same_bits_each_time_for_a_number_of_threads(unit, threads):
+    for shape in [*SHAPES[::16], *resnet50(32)[3::8]]:
+        tensors = shape.tensors(unit)
+        first = ours(*tensors, shape)
+        for _ in range(2):
+            for a, b in zip(first, ours(*tensors, shape), strict=True):
+                assert torch.equal(a, b), shape
+
+
+# ---------------------------------------------------------------------------------------------------------
+# float32 weights beside low-precision activations, as autocast has them
+
+
+@pytest.mark.parametrize("shape", [SHAPES[72], *EPILOGUE_SHAPES[:3], *resnet50(32)[3:8]], ids=str)
+def test_weights_of_float32(unit, shape):
+    if unit == torch.float32:
+        unit = torch.float16
+    input, _, grad = shape.tensors(unit)
+    weight = shape.tensors(torch.float32)[1]
+    results = ours(input, weight, grad, shape)
+    exact = stock(input.double(), weight.double(), grad.double(), shape)
+    theirs = stock(input, weight.to(unit), grad, shape)
+    assert [t.dtype for t in results] == [unit, unit, torch.float32]
+    for name, result, reference, other in zip(NAMES, results, exact, theirs, strict=True):
+        error, bound = rms(result.double() - reference), FACTOR * rms(other.double() - reference)
+        assert error <= bound, name
+    # Summed in float32, and never rounded to less.
+    error = rms(results[2].double() - exact[2])
+    assert error <= FACTOR * plain_sum_error(exact[2], shape.terms[2])
+    if unit == torch.bfloat16 and _C.cpu_isa() == "avx512_bf16":
+        for rounded, result in zip(ours(input, weight.to(unit), grad, shape)[:2], results[:2], strict=True):
+            assert torch.equal(rounded, result)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# bad input
+
+
+X, W = channels_last(torch.randn(2, 4, 6, 6)), torch.randn(5, 4, 3, 3)
+G = channels_last(torch.randn(2, 5, 4, 4))
+MEAN, RSTD = torch.zeros(5).double(), torch.ones(5).double()
+ONE, NONE = [1, 1], [0, 0]
+
+
+def _forward(input=X, weight=W, bias=None, residual=None, stride=ONE, padding=NONE, dilation=ONE):
+    return KERNELS.conv_forward(input, weight, bias, residual, stride, padding, dilation, True)
+
+
+def _backward_input(grad=G, weight=W, input_size=X.shape, stride=ONE, padding=NONE, dilation=ONE):
+    return KERNELS.conv_backward_input(grad, weight, input_size, stride, padding, dilation)
+
+
+def _backward_weight(grad=G, input=X, weight=W, stride=ONE, padding=NONE, dilation=ONE):
+    return KERNELS.conv_backward_weight(grad, input, weight, stride, padding, dilation)
+
+
+def _bn_act_forward(
+    input=X, conv_weight=W, residual=None, running_mean=None, running_var=None, weight=None, bias=None
+):
+    return KERNELS.conv_bn_act_forward(
+        input,
+        conv_weight,
+        residual,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        ONE,
+        NONE,
+        ONE,
+        0.1,
+        1e-5,
+        True,
+    )
+
+
+def _bn_act_backward(
+    grad=G,
+    conv_output=G,
+    output=None,
+    weight=None,
+    bias=None,
+    save_mean=MEAN,
+    save_rstd=RSTD,
+    relu=True,
+    input=X,
+    input_weight=None,
+    input_bias=None,
+    input_mean=None,
+    input_rstd=None,
+    conv_weight=W,
+):
+    return KERNELS.conv_bn_act_backward(
+        grad, conv_output, output, weight, bias, save_mean, save_rstd, relu,
+        input, input_weight, input_bias, input_mean, input_rstd, True,
+        conv_weight, ONE, NONE, ONE, True, True,
+    )  # fmt: skip
+
+
+BAD = [
+    (_forward, dict(stride=[0, 1]), "stride takes two integers of at least 1"),
+    (_forward, dict(stride=[1]), "stride takes two integers of at least 1"),
+    (_forward, dict(padding=[0, -1]), "padding takes two integers of at least 0"),
+    (_forward, dict(dilation=[1, 0]), "dilation takes two integers of at least 1"),
+    (_forward, dict(weight=W[0]), "weight is not a 4-d tensor"),
+    (_forward, dict(weight=W.int()), "weight has an unsupported dtype"),
+    (_forward, dict(weight=W.double()), "weight"),
+    (_forward, dict(input=X[0]), "input is not 4-d"),
+    (_forward, dict(input=X.contiguous()), "input is not channels last"),
+    (_forward, dict(input=X.int()), "input has an unsupported dtype"),
+    (_forward, dict(input=X.double(), weight=W.double()), "float64"),
+    (_forward, dict(input=X[:, :3]), "weight takes 4 input channels, input has 3"),
+    (_forward, dict(weight=torch.randn(5, 4, 7, 1)), "the kernel is larger than the padded input"),
+    (_forward, dict(dilation=[1, 3]), "the kernel is larger than the padded input"),
+    (_forward, dict(residual=G[0]), "residual is not a 4-d tensor on the CPU"),
+    (_forward, dict(residual=X), "residual has another shape than the convolution gives it"),
+    (_forward, dict(residual=G.contiguous()), "residual is not channels last"),
+    (_forward, dict(residual=G.bfloat16()), "residual is not of dtype float32"),
+    (_forward, dict(bias=torch.zeros(4)), "bias takes one float32 for each output channel"),
+    (_forward, dict(bias=torch.zeros(5).bfloat16()), "bias takes one float32 for each output channel"),
+    (_forward, dict(bias=torch.zeros(10)[::2]), "bias takes one float32 for each output channel"),
+    (_forward, dict(bias=torch.zeros(5, 1)), "bias takes one float32 for each output channel"),
+    (_backward_input, dict(input_size=X.shape[1:]), "input is not 4-d"),
+    (_backward_input, dict(grad=G[0]), "grad is not a 4-d tensor on the CPU"),
+    (_backward_input, dict(grad=X), "grad has another shape than the convolution gives it"),
+    (_backward_input, dict(grad=G.contiguous()), "grad is not channels last"),
+    (_backward_input, dict(weight=W.double()), "weight"),
+    (_backward_input, dict(input_size=[2, 4, -6, 6]), "the kernel is larger than the padded input"),
+    (_backward_weight, dict(grad=X), "grad has another shape than the convolution gives it"),
+    (_backward_weight, dict(grad=G.bfloat16()), "input is not of dtype bfloat16"),
+    (_backward_weight, dict(input=X.contiguous()), "input is not channels last"),
+    (_backward_weight, dict(weight=W.double()), "weight"),
+    (
+        _bn_act_forward,
+        dict(input=channels_last(X[:1, :, :3, :3])),
+        "expected more than 1 value per channel when training",
+    ),
+    (_bn_act_forward, dict(residual=X), "residual has another shape than the convolution gives it"),
+    (_bn_act_forward, dict(running_mean=torch.zeros(4)), r"running_mean has shape \[4\], expected \[5\]"),
+    (_bn_act_forward, dict(running_var=torch.zeros(5, 1)), r"running_var has shape \[5, 1\]"),
+    (_bn_act_forward, dict(weight=torch.zeros(5).double()), "weight is float64"),
+    (_bn_act_forward, dict(bias=torch.zeros(10)[::2]), "bias is strided"),
+    (_bn_act_backward, dict(conv_output=X), "conv_output has another shape"),
+    (_bn_act_backward, dict(grad=G.bfloat16()), "grad is not of dtype float32"),
+    (_bn_act_backward, dict(input=X.bfloat16()), "input is not of dtype float32"),
+    (_bn_act_backward, dict(output=X), "output has another shape"),
+    (_bn_act_backward, dict(output=G, relu=False), "output is given without relu, which needs no mask"),
+    (
+        _bn_act_backward,
+        dict(input_mean=torch.zeros(4).double()),
+        "input_mean and input_rstd are given together",
+    ),
+    (
+        _bn_act_backward,
+        dict(input_rstd=torch.zeros(4).double()),
+        "input_mean and input_rstd are given together",
+    ),
+    (_bn_act_backward, dict(save_mean=torch.zeros(5)), "save_mean is float32, expected float64"),
+    (_bn_act_backward, dict(save_rstd=torch.zeros(4).double()), "save_rstd has shape"),
+    (_bn_act_backward, dict(input_mean=torch.zeros(4), input_rstd=torch.ones(4)), "input_mean is float32"),
+    (_bn_act_backward, dict(weight=torch.zeros(4)), r"weight has shape \[4\]"),
+    (_bn_act_backward, dict(bias=torch.zeros(4)), r"bias has shape \[4\]"),
+    (_bn_act_backward, dict(input_weight=torch.zeros(5)), r"input_weight has shape \[5\], expected \[4\]"),
+    (_bn_act_backward, dict(input_bias=torch.zeros(5)), r"input_bias has shape \[5\], expected \[4\]"),
+]
+
+
+@pytest.mark.parametrize("call, change, message", BAD, ids=[f"{c.__name__[1:]}-{m}" for c, _, m in BAD])
+def test_bad_input(call, change, message):
+    call()
+    statistics = {}
+    if call is _bn_act_forward:
+        statistics = dict(running_mean=torch.zeros(5), running_var=torch.ones(5))
+    with pytest.raises(RuntimeError, match=f"fastres::conv{call.__name__}: .*{message}"):
+        call(**statistics | change)
+    if statistics:
+        assert torch.equal(statistics["running_mean"], torch.zeros(5))
+        assert torch.equal(statistics["running_var"], torch.ones(5))
+
+
+def test_a_dtype_without_a_kernel(isa):
+    with pytest.raises(RuntimeError, match=f"no kernel for float64 with instruction set {isa}"):
+        KERNELS.conv_forward(X.double(), W, None, None, ONE, NONE, ONE, True)
+
+
+def test_no_images(isa):
+    input, grad = X[:0], G[:0]
+    assert _forward(input).shape == (0, 5, 4, 4)
+    assert _backward_input(grad, input_size=input.shape).shape == (0, 4, 6, 6)
+    assert torch.equal(_backward_weight(grad, input), torch.zeros_like(W))
