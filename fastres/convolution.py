@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import register_fake
 from torch.nn import functional as F
 
 from fastres import _C, composed, kernels
@@ -42,7 +43,43 @@ class Geometry(NamedTuple):
         return input.size(0), weight.size(0), height, width
 
 
-def geometry(stride, padding, dilation) -> Geometry | None:
+def compute_dtype(input: Tensor) -> torch.dtype:
+    """What F.conv2d would compute in now."""
+    casts = torch.is_autocast_enabled("cpu") and input.is_floating_point() and input.dtype != torch.float64
+    return torch.get_autocast_dtype("cpu") if casts else input.dtype
+
+
+def covered(
+    input: Tensor, weight: Tensor, residual: Tensor | None, stride, padding, dilation, groups: int
+) -> Geometry | None:
+    """The geometry, if the kernels run this convolution and are expected to be the faster ones."""
+    if input.device.type != "cpu" or weight.device.type != "cpu":
+        return None
+    by, dtype = _geometry(stride, padding, dilation), compute_dtype(input)
+    if by is None or groups != 1 or input.dim() != 4 or weight.dim() != 4:
+        return None
+    if not kernels.is_channels_last(input) or input.size(1) != weight.size(1):
+        return None
+    if dtype not in _DTYPES or not _C.convolves(_DTYPES[dtype]):
+        return None
+    same_dtype = input.dtype == weight.dtype == dtype
+    if not (same_dtype or (torch.is_autocast_enabled("cpu") and weight.dtype in (dtype, torch.float32))):
+        return None
+    if min(weight.size(0), weight.size(1)) < _LEAST_CHANNELS:
+        return None
+    batch, channels, height, width = by.output_size(input, weight)
+    if height < 1 or width < 1 or batch * height * width < _LEAST_PIXELS:
+        return None
+    fits = residual is None or (
+        residual.shape == (batch, channels, height, width)
+        and residual.dtype == dtype
+        and residual.device == input.device
+        and kernels.is_channels_last(residual)
+    )
+    return by if fits else None
+
+
+def _geometry(stride, padding, dilation) -> Geometry | None:
     """None where the padding is a name, or where F.conv2d would take offence."""
     pairs = [_pair(value, least) for value, least in ((stride, 1), (padding, 0), (dilation, 1))]
     return None if None in pairs else Geometry(*pairs)
@@ -55,56 +92,31 @@ def _pair(value, least: int) -> tuple[int, int] | None:
     return values if fit else None
 
 
-def compute_dtype(input: Tensor) -> torch.dtype:
-    """What F.conv2d would compute in now."""
-    casts = torch.is_autocast_enabled("cpu") and input.is_floating_point() and input.dtype != torch.float64
-    return torch.get_autocast_dtype("cpu") if casts else input.dtype
-
-
-def covers(input: Tensor, weight: Tensor, groups: int, by: Geometry | None, dtype: torch.dtype) -> bool:
-    """Whether the kernels run this convolution, and are expected to be the faster ones."""
-    if by is None or groups != 1 or input.dim() != 4 or weight.dim() != 4:
-        return False
-    if input.device.type != "cpu" or weight.device.type != "cpu":
-        return False
-    if not kernels.is_channels_last(input) or input.size(1) != weight.size(1):
-        return False
-    if dtype not in _DTYPES or not _C.convolves(_DTYPES[dtype]):
-        return False
-    same_dtype = input.dtype == weight.dtype == dtype
-    if not (same_dtype or (torch.is_autocast_enabled("cpu") and weight.dtype in (dtype, torch.float32))):
-        return False
-    if min(weight.size(0), weight.size(1)) < _LEAST_CHANNELS:
-        return False
-    batch, _, height, width = by.output_size(input, weight)
-    return height > 0 and width > 0 and batch * height * width >= _LEAST_PIXELS
-
-
-def conv_act(input: Tensor, weight: Tensor, bias, residual, by: Geometry, dtype, relu: bool) -> Tensor:
+def conv_act(input: Tensor, weight: Tensor, bias, residual, by: Geometry, relu: bool) -> Tensor:
     """act(conv2d(input) [+ residual]), without a gradient.
 
     Args: bias: float32.
     """
     with torch._C._AutoDispatchBelowAutograd():
-        return _forward(input.to(dtype), weight, bias, residual, *by, relu)
+        return _forward(input.to(compute_dtype(input)), weight, bias, residual, *by, relu)
 
 
-@torch.library.register_fake("fastres::conv_forward")
+@register_fake("fastres::conv_forward")
 def _(input, weight, bias, residual, stride, padding, dilation, relu):
     return _empty(input, Geometry(stride, padding, dilation).output_size(input, weight))
 
 
-@torch.library.register_fake("fastres::conv_backward_input")
+@register_fake("fastres::conv_backward_input")
 def _(grad, weight, input_size, stride, padding, dilation):
     return _empty(grad, input_size)
 
 
-@torch.library.register_fake("fastres::conv_backward_weight")
+@register_fake("fastres::conv_backward_weight")
 def _(grad, input, weight, stride, padding, dilation):
     return torch.empty_like(weight)
 
 
-@torch.library.register_fake("fastres::conv_bn_act_forward")
+@register_fake("fastres::conv_bn_act_forward")
 def _(input, conv_weight, residual, running_mean, running_var, weight, bias, *rest):
     stride, padding, dilation, _momentum, _eps, _relu = rest
     output = _empty(input, Geometry(stride, padding, dilation).output_size(input, conv_weight))
@@ -112,7 +124,7 @@ def _(input, conv_weight, residual, running_mean, running_var, weight, bias, *re
     return output, torch.empty_like(output), mean, torch.empty_like(mean)
 
 
-@torch.library.register_fake("fastres::conv_bn_act_backward")
+@register_fake("fastres::conv_bn_act_backward")
 def _(grad, conv_output, output, weight, bias, save_mean, save_rstd, relu, input, *rest):
     *_, conv_weight, _stride, _padding, _dilation, needs_input, needs_conv_weight = rest
     grad_weight = conv_output.new_empty(conv_output.size(1), dtype=torch.float32)
@@ -139,7 +151,7 @@ class _ConvBnAct(torch.autograd.Function):
                 input, conv_weight, residual, running_mean, running_var, weight, bias, *rest
             )
         ctx.set_materialize_grads(False)
-        ctx.by, ctx.input_size, ctx.input_node = by, input.shape, input_node
+        ctx.by, ctx.input_node = by, input_node
         kept = kernels.keep_for_mask(ctx, output, residual, relu)
         ctx.save_for_backward(conv_output, kept, weight, bias, mean, rstd, input, conv_weight)
         return output

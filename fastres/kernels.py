@@ -6,6 +6,7 @@ decides which cases go to them.
 
 import torch
 from torch import Tensor
+from torch.library import Library, register_autograd, register_fake
 
 from fastres import _C, composed  # _C registers the ops
 
@@ -13,7 +14,7 @@ from fastres import _C, composed  # _C registers the ops
 recomputes = True
 
 CUDA = bool(_C.build_info()["cuda"])
-library = torch.library.Library("fastres", "FRAGMENT")
+library = Library("fastres", "FRAGMENT")
 _bn_act_forward = torch.ops.fastres.bn_act_forward.default
 _bn_act_again = torch.ops.fastres.bn_act_again.default
 _bn_act_backward = torch.ops.fastres.bn_act_backward.default
@@ -37,31 +38,31 @@ def same_layout(tensor: Tensor, input: Tensor) -> bool:
     )
 
 
-@torch.library.register_fake("fastres::bn_act_forward")
+@register_fake("fastres::bn_act_forward")
 def _(input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu):
     dtype = torch.float64 if input.device.type == "cpu" else torch.float32
     mean = input.new_empty(input.size(1), dtype=dtype)
     return torch.empty_like(input), mean, torch.empty_like(mean)
 
 
-@torch.library.register_fake("fastres::bn_act_again")
+@register_fake("fastres::bn_act_again")
 def _(input, residual, weight, bias, save_mean, save_rstd, relu):
     return torch.empty_like(input)
 
 
-@torch.library.register_fake("fastres::bn_act_backward")
+@register_fake("fastres::bn_act_backward")
 def _(grad, input, output, weight, bias, save_mean, save_rstd, training, relu):
     grad_residual = input.new_empty(0) if output is None else torch.empty_like(input)
     grad_weight = input.new_empty(input.size(1), dtype=accumulation_dtype(input.dtype))
     return torch.empty_like(input), grad_residual, grad_weight, torch.empty_like(grad_weight)
 
 
-@torch.library.register_fake("fastres::add_relu_forward")
+@register_fake("fastres::add_relu_forward")
 def _(input, other):
     return torch.empty_like(input)
 
 
-@torch.library.register_fake("fastres::add_relu_backward")
+@register_fake("fastres::add_relu_backward")
 def _(grad, output):
     return torch.empty_like(output)
 
@@ -257,7 +258,7 @@ def _bn_act_backward_backward(ctx, *grads):
     return by_name["grad"], by_name["input"], None, by_name.get("weight"), *(None,) * 5
 
 
-torch.library.register_autograd(
+register_autograd(
     "fastres::bn_act_backward", _bn_act_backward_backward, setup_context=_bn_act_backward_setup
 )
 
@@ -272,9 +273,7 @@ def _add_relu_gradient(ctx, grad):
     return grad_sum, grad_sum
 
 
-torch.library.register_autograd(
-    "fastres::add_relu_forward", _add_relu_gradient, setup_context=_add_relu_setup
-)
+register_autograd("fastres::add_relu_forward", _add_relu_gradient, setup_context=_add_relu_setup)
 
 
 def _add_relu_backward_setup(ctx, inputs, output):
@@ -287,6 +286,6 @@ def _add_relu_double_gradient(ctx, grad):
     return _add_relu_backward(in_layout_of(grad, output), output), None
 
 
-torch.library.register_autograd(
+register_autograd(
     "fastres::add_relu_backward", _add_relu_double_gradient, setup_context=_add_relu_backward_setup
 )

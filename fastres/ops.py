@@ -59,8 +59,11 @@ def _covers_activation(input: Tensor) -> bool:
     )
 
 
-def _covers_channels(input: Tensor, *vectors: Tensor | None) -> bool:
-    channels, device, dtypes = input.size(1), input.device, (input.dtype, accumulation_dtype(input.dtype))
+def _covers_channels(
+    channels: int, dtype: torch.dtype, device: torch.device, *vectors: Tensor | None
+) -> bool:
+    """Whether the vectors, None or not, are per-channel ones of an activation of `dtype`."""
+    dtypes = dtype, accumulation_dtype(dtype)
     for vector in vectors:
         if vector is not None and not (
             vector.dim() == 1
@@ -96,11 +99,12 @@ def _bn_act(
 ) -> Tensor:
     if residual is not None:
         _check_residual(op, "residual", residual, input)
+    channel_vectors = (running_mean, running_var, weight, bias)
     covered = (
-        not _is_special(input, residual, running_mean, running_var, weight, bias)
+        not _is_special(input, residual, *channel_vectors)
         and _covers_activation(input)
         and (residual is None or _covers_residual(residual, input))
-        and _covers_channels(input, running_mean, running_var, weight, bias)
+        and _covers_channels(input.size(1), input.dtype, input.device, *channel_vectors)
         and (
             input.numel() > input.size(1)
             if training
@@ -293,12 +297,10 @@ def conv_bn_relu(
     if activation not in ("relu", None):
         raise ValueError(f"fastres::conv_bn_relu: activation is {activation!r}, expected 'relu' or None")
     relu = activation == "relu"
-    tensors = (input, weight, residual, running_mean, running_var, bn_weight, bn_bias, conv_bias)
-    by, dtype = None, input.dtype
-    if not _is_special(*tensors) and not _is_traced():
-        dtype = convolution.compute_dtype(input)
-        by = convolution.geometry(stride, padding, dilation)
-    by = by if convolution.covers(input, weight, groups, by, dtype) else None
+    channel_vectors = (running_mean, running_var, bn_weight, bn_bias)
+    by = None
+    if not _is_traced() and not _is_special(input, weight, residual, conv_bias, *channel_vectors):
+        by = convolution.covered(input, weight, residual, stride, padding, dilation, groups)
     if (
         not training
         and running_mean is not None
@@ -310,38 +312,27 @@ def conv_bn_relu(
             folded_weight, folded_bias = composed.fold_batch_norm(
                 weight, conv_bias, running_mean, running_var, bn_weight, bn_bias, eps
             )
-            if by is not None and (residual is None or _fits(residual, input, weight, by, dtype)):
-                return convolution.conv_act(input, folded_weight, folded_bias, residual, by, dtype, relu)
+            if by is not None:
+                return convolution.conv_act(input, folded_weight, folded_bias, residual, by, relu)
             output = F.conv2d(input, folded_weight, folded_bias, stride, padding, dilation, groups)
             if residual is not None:
                 _check_residual("conv_bn_relu", "residual", residual, output)
                 return add_relu(output, residual) if relu else output + residual
             return output.relu_() if relu else output
-    if (
-        by is not None
-        and training
-        and conv_bias is None
-        and (residual is None or _fits(residual, input, weight, by, dtype))
-        and all(
-            vector is None or _is_channel_vector(vector, weight.size(0), dtype)
-            for vector in (running_mean, running_var, bn_weight, bn_bias)
-        )
-        and isinstance(momentum, (int, float))
-    ):
-        return call_without_keeping_values(
-            convolution.conv_bn_act,
-            input.to(dtype),
-            weight,
-            residual,
-            running_mean,
-            running_var,
-            bn_weight,
-            bn_bias,
-            *by,
-            momentum,
-            eps,
-            relu,
-        )
+    if by is not None and training and conv_bias is None and isinstance(momentum, (int, float)):
+        dtype = convolution.compute_dtype(input)
+        if _covers_channels(weight.size(0), dtype, input.device, *channel_vectors):
+            return call_without_keeping_values(
+                convolution.conv_bn_act,
+                input.to(dtype),
+                weight,
+                residual,
+                *channel_vectors,
+                *by,
+                momentum,
+                eps,
+                relu,
+            )
     output = call_without_keeping(F.conv2d, input, weight, conv_bias, stride, padding, dilation, groups)
     return _bn_act(
         "conv_bn_relu",
@@ -355,26 +346,6 @@ def conv_bn_relu(
         momentum,
         eps,
         relu,
-    )
-
-
-def _fits(residual: Tensor, input: Tensor, weight: Tensor, by, dtype: torch.dtype) -> bool:
-    """Whether a residual can be added where the convolution's output is stored."""
-    return (
-        residual.shape == by.output_size(input, weight)
-        and residual.dtype == dtype
-        and residual.device == input.device
-        and is_channels_last(residual)
-    )
-
-
-def _is_channel_vector(vector: Tensor, channels: int, dtype: torch.dtype) -> bool:
-    return (
-        vector.dim() == 1
-        and vector.size(0) == channels
-        and vector.dtype in (dtype, accumulation_dtype(dtype))
-        and vector.device.type == "cpu"
-        and vector.is_contiguous()
     )
 
 

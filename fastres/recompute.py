@@ -26,6 +26,14 @@ def set_recompute(enabled: bool) -> bool:
     return before
 
 
+def call_without_keeping(function: Callable[..., Tensor], input: Tensor, *arguments) -> Tensor:
+    """function(input, *arguments), whose backward makes `input` again where a batch norm of ours can."""
+    node = _made_again_by(input)
+    if node is None:
+        return function(input, *arguments)
+    return _call_keeping(node, input, function, input, *arguments)
+
+
 def call_without_keeping_values(function: Callable[..., Tensor], input: Tensor, *arguments) -> Tensor:
     """function(node, input, *arguments), a node of ours, which makes `input` again itself.
 
@@ -34,23 +42,15 @@ def call_without_keeping_values(function: Callable[..., Tensor], input: Tensor, 
     node = _made_again_by(input)
     if node is None:
         return function(None, input, *arguments)
-    pack = _Pack(input, _STAND_IN)
-    try:
-        with saved_tensors_hooks(pack, _unpack):
-            return function(node, input, *arguments)
-    finally:
-        pack.input = None
+    return _call_keeping(_STAND_IN, input, function, node, input, *arguments)
 
 
-def call_without_keeping(function: Callable[..., Tensor], input: Tensor, *arguments) -> Tensor:
-    """function(input, *arguments), whose backward makes `input` again where a batch norm of ours can."""
-    node = _made_again_by(input)
-    if node is None:
-        return function(input, *arguments)
-    pack = _Pack(input, node)
+def _call_keeping(instead, input: Tensor, function: Callable[..., Tensor], *arguments) -> Tensor:
+    """function(*arguments), whose autograd node keeps something `instead` of `input`."""
+    pack = _Pack(input, instead)
     try:
         with saved_tensors_hooks(pack, _unpack):
-            return function(input, *arguments)
+            return function(*arguments)
     finally:
         pack.input = None
 

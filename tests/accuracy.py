@@ -6,9 +6,13 @@ from torch import Tensor
 FACTOR = 1.5
 
 
+def rms(values: Tensor) -> float:
+    return values.double().square().mean().sqrt().item()
+
+
 def _errors(value: Tensor, reference: Tensor) -> tuple[float, float]:
     difference = (value.detach().double() - reference.detach()).abs()
-    return difference.square().mean().sqrt().item(), difference.max().item()
+    return rms(difference), difference.max().item()
 
 
 def assert_as_accurate(name: str, fused: Tensor, stock: Tensor, reference: Tensor) -> None:

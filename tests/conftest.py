@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from layers import units
 
-from fastres import _C
+from fastres import _C, convolution
+from fastres.recompute import set_recompute
 
 _declared = []  # keeps the library's registrations alive
 
@@ -46,3 +48,34 @@ def device(request) -> str:
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(1234)
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[isa for isa, dtype in units() if dtype == "float32"])
+def isa(request):
+    """An instruction set that has convolutions, selected."""
+    before = _C.cpu_isa()
+    _C.select_cpu_isa(request.param)
+    yield request.param
+    _C.select_cpu_isa(before)
+
+
+@pytest.fixture
+def small_layers(monkeypatch):
+    """Run by our convolutions, from wherever they are the faster ones."""
+    monkeypatch.setattr(convolution, "_LEAST_CHANNELS", 16)
+    monkeypatch.setattr(convolution, "_LEAST_PIXELS", 512)
+
+
+@pytest.fixture(params=[True, False], ids=["recompute", "keep"])
+def recompute(request):
+    before = set_recompute(request.param)
+    yield request.param
+    set_recompute(before)

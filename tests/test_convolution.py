@@ -1,4 +1,4 @@
-"""The convolution kernels against float64: values, gradients, epilogues, special values, bad input."""
+"""The convolution kernels against float64: values, gradients, epilogues, special values."""
 
 import contextlib
 import functools
@@ -8,23 +8,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from accuracy import FACTOR
+from accuracy import FACTOR, rms
+from layers import DTYPES, channels_last, units
 from torch.nn import functional as F
 
 from fastres import _C
 
 KERNELS = torch.ops.fastres
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-
-def units() -> list[tuple[str, str]]:
-    """Instruction sets and the dtypes that each has convolutions of."""
-    before, found = _C.cpu_isa(), []
-    for isa in _C.cpu_isas():
-        _C.select_cpu_isa(isa)
-        found += [(isa, dtype) for dtype in DTYPES if _C.convolves(dtype)]
-    _C.select_cpu_isa(before)
-    return found
+pytestmark = pytest.mark.usefixtures("one_thread")  # small tasks take longer on two of a busy machine
 
 
 @pytest.fixture(params=units(), ids="-".join)
@@ -36,25 +28,8 @@ def unit(request):
     _C.select_cpu_isa(before)
 
 
-@pytest.fixture(params=[isa for isa, dtype in units() if dtype == "float32"])
-def isa(request):
-    before = _C.cpu_isa()
-    _C.select_cpu_isa(request.param)
-    yield request.param
-    _C.select_cpu_isa(before)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Where a test does not ask for more: on a busy machine small tasks take longer on two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(params=[1, 2], ids=["1_thread", "2_threads"])
-def threads(request, _one_thread):
+def threads(request, one_thread):
     torch.set_num_threads(request.param)
     return request.param
 
@@ -73,10 +48,6 @@ def poisoned():
 
 # ---------------------------------------------------------------------------------------------------------
 # cases
-
-
-def channels_last(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last)
 
 
 class Shape(NamedTuple):
@@ -222,10 +193,6 @@ def plain_sum_error(reference: torch.Tensor, terms: int) -> float:
     rounded once: the squares of the roundings add up to terms / 2 of the whole's.
     """
     return ROUNDING * UNIT_ROUNDOFF * math.sqrt((terms + 1) / 2) * rms(reference)
-
-
-def rms(values: torch.Tensor) -> float:
-    return values.double().square().mean().sqrt().item()
 
 
 class Reference(NamedTuple):
@@ -546,161 +513,3 @@ def test_weights_of_float32(unit, shape):
     if unit == torch.bfloat16 and _C.cpu_isa() == "avx512_bf16":
         for rounded, result in zip(ours(input, weight.to(unit), grad, shape)[:2], results[:2], strict=True):
             assert torch.equal(rounded, result)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# bad input
-
-
-X, W = channels_last(torch.randn(2, 4, 6, 6)), torch.randn(5, 4, 3, 3)
-G = channels_last(torch.randn(2, 5, 4, 4))
-MEAN, RSTD = torch.zeros(5).double(), torch.ones(5).double()
-ONE, NONE = [1, 1], [0, 0]
-
-
-def _forward(input=X, weight=W, bias=None, residual=None, stride=ONE, padding=NONE, dilation=ONE):
-    return KERNELS.conv_forward(input, weight, bias, residual, stride, padding, dilation, True)
-
-
-def _backward_input(grad=G, weight=W, input_size=X.shape, stride=ONE, padding=NONE, dilation=ONE):
-    return KERNELS.conv_backward_input(grad, weight, input_size, stride, padding, dilation)
-
-
-def _backward_weight(grad=G, input=X, weight=W, stride=ONE, padding=NONE, dilation=ONE):
-    return KERNELS.conv_backward_weight(grad, input, weight, stride, padding, dilation)
-
-
-def _bn_act_forward(
-    input=X, conv_weight=W, residual=None, running_mean=None, running_var=None, weight=None, bias=None
-):
-    return KERNELS.conv_bn_act_forward(
-        input,
-        conv_weight,
-        residual,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        ONE,
-        NONE,
-        ONE,
-        0.1,
-        1e-5,
-        True,
-    )
-
-
-def _bn_act_backward(
-    grad=G,
-    conv_output=G,
-    output=None,
-    weight=None,
-    bias=None,
-    save_mean=MEAN,
-    save_rstd=RSTD,
-    relu=True,
-    input=X,
-    input_weight=None,
-    input_bias=None,
-    input_mean=None,
-    input_rstd=None,
-    conv_weight=W,
-):
-    return KERNELS.conv_bn_act_backward(
-        grad, conv_output, output, weight, bias, save_mean, save_rstd, relu,
-        input, input_weight, input_bias, input_mean, input_rstd, True,
-        conv_weight, ONE, NONE, ONE, True, True,
-    )  # fmt: skip
-
-
-BAD = [
-    (_forward, dict(stride=[0, 1]), "stride takes two integers of at least 1"),
-    (_forward, dict(stride=[1]), "stride takes two integers of at least 1"),
-    (_forward, dict(padding=[0, -1]), "padding takes two integers of at least 0"),
-    (_forward, dict(dilation=[1, 0]), "dilation takes two integers of at least 1"),
-    (_forward, dict(weight=W[0]), "weight is not a 4-d tensor"),
-    (_forward, dict(weight=W.int()), "weight has an unsupported dtype"),
-    (_forward, dict(weight=W.double()), "weight"),
-    (_forward, dict(input=X[0]), "input is not 4-d"),
-    (_forward, dict(input=X.contiguous()), "input is not channels last"),
-    (_forward, dict(input=X.int()), "input has an unsupported dtype"),
-    (_forward, dict(input=X.double(), weight=W.double()), "float64"),
-    (_forward, dict(input=X[:, :3]), "weight takes 4 input channels, input has 3"),
-    (_forward, dict(weight=torch.randn(5, 4, 7, 1)), "the kernel is larger than the padded input"),
-    (_forward, dict(dilation=[1, 3]), "the kernel is larger than the padded input"),
-    (_forward, dict(residual=G[0]), "residual is not a 4-d tensor on the CPU"),
-    (_forward, dict(residual=X), "residual has another shape than the convolution gives it"),
-    (_forward, dict(residual=G.contiguous()), "residual is not channels last"),
-    (_forward, dict(residual=G.bfloat16()), "residual is not of dtype float32"),
-    (_forward, dict(bias=torch.zeros(4)), "bias takes one float32 for each output channel"),
-    (_forward, dict(bias=torch.zeros(5).bfloat16()), "bias takes one float32 for each output channel"),
-    (_forward, dict(bias=torch.zeros(10)[::2]), "bias takes one float32 for each output channel"),
-    (_forward, dict(bias=torch.zeros(5, 1)), "bias takes one float32 for each output channel"),
-    (_backward_input, dict(input_size=X.shape[1:]), "input is not 4-d"),
-    (_backward_input, dict(grad=G[0]), "grad is not a 4-d tensor on the CPU"),
-    (_backward_input, dict(grad=X), "grad has another shape than the convolution gives it"),
-    (_backward_input, dict(grad=G.contiguous()), "grad is not channels last"),
-    (_backward_input, dict(weight=W.double()), "weight"),
-    (_backward_input, dict(input_size=[2, 4, -6, 6]), "the kernel is larger than the padded input"),
-    (_backward_weight, dict(grad=X), "grad has another shape than the convolution gives it"),
-    (_backward_weight, dict(grad=G.bfloat16()), "input is not of dtype bfloat16"),
-    (_backward_weight, dict(input=X.contiguous()), "input is not channels last"),
-    (_backward_weight, dict(weight=W.double()), "weight"),
-    (
-        _bn_act_forward,
-        dict(input=channels_last(X[:1, :, :3, :3])),
-        "expected more than 1 value per channel when training",
-    ),
-    (_bn_act_forward, dict(residual=X), "residual has another shape than the convolution gives it"),
-    (_bn_act_forward, dict(running_mean=torch.zeros(4)), r"running_mean has shape \[4\], expected \[5\]"),
-    (_bn_act_forward, dict(running_var=torch.zeros(5, 1)), r"running_var has shape \[5, 1\]"),
-    (_bn_act_forward, dict(weight=torch.zeros(5).double()), "weight is float64"),
-    (_bn_act_forward, dict(bias=torch.zeros(10)[::2]), "bias is strided"),
-    (_bn_act_backward, dict(conv_output=X), "conv_output has another shape"),
-    (_bn_act_backward, dict(grad=G.bfloat16()), "grad is not of dtype float32"),
-    (_bn_act_backward, dict(input=X.bfloat16()), "input is not of dtype float32"),
-    (_bn_act_backward, dict(output=X), "output has another shape"),
-    (_bn_act_backward, dict(output=G, relu=False), "output is given without relu, which needs no mask"),
-    (
-        _bn_act_backward,
-        dict(input_mean=torch.zeros(4).double()),
-        "input_mean and input_rstd are given together",
-    ),
-    (
-        _bn_act_backward,
-        dict(input_rstd=torch.zeros(4).double()),
-        "input_mean and input_rstd are given together",
-    ),
-    (_bn_act_backward, dict(save_mean=torch.zeros(5)), "save_mean is float32, expected float64"),
-    (_bn_act_backward, dict(save_rstd=torch.zeros(4).double()), "save_rstd has shape"),
-    (_bn_act_backward, dict(input_mean=torch.zeros(4), input_rstd=torch.ones(4)), "input_mean is float32"),
-    (_bn_act_backward, dict(weight=torch.zeros(4)), r"weight has shape \[4\]"),
-    (_bn_act_backward, dict(bias=torch.zeros(4)), r"bias has shape \[4\]"),
-    (_bn_act_backward, dict(input_weight=torch.zeros(5)), r"input_weight has shape \[5\], expected \[4\]"),
-    (_bn_act_backward, dict(input_bias=torch.zeros(5)), r"input_bias has shape \[5\], expected \[4\]"),
-]
-
-
-@pytest.mark.parametrize("call, change, message", BAD, ids=[f"{c.__name__[1:]}-{m}" for c, _, m in BAD])
-def test_bad_input(call, change, message):
-    call()
-    statistics = {}
-    if call is _bn_act_forward:
-        statistics = dict(running_mean=torch.zeros(5), running_var=torch.ones(5))
-    with pytest.raises(RuntimeError, match=f"fastres::conv{call.__name__}: .*{message}"):
-        call(**statistics | change)
-    if statistics:
-        assert torch.equal(statistics["running_mean"], torch.zeros(5))
-        assert torch.equal(statistics["running_var"], torch.ones(5))
-
-
-def test_a_dtype_without_a_kernel(isa):
-    with pytest.raises(RuntimeError, match=f"no kernel for float64 with instruction set {isa}"):
-        KERNELS.conv_forward(X.double(), W, None, None, ONE, NONE, ONE, True)
-
-
-def test_no_images(isa):
-    input, grad = X[:0], G[:0]
-    assert _forward(input).shape == (0, 5, 4, 4)
-    assert _backward_input(grad, input_size=input.shape).shape == (0, 4, 6, 6)
-    assert torch.equal(_backward_weight(grad, input), torch.zeros_like(W))

@@ -14,13 +14,6 @@ from fastres import models, ops, sites
 from fastres.recompute import set_recompute
 
 
-@pytest.fixture(params=[True, False], ids=["recompute", "keep"])
-def recompute(request):
-    before = set_recompute(request.param)
-    yield request.param
-    set_recompute(before)
-
-
 @contextlib.contextmanager
 def kept():
     """Counts the bytes of all saved tensors, each storage once."""

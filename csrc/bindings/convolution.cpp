@@ -100,24 +100,45 @@ cpu::ConvOperand plain(const Tensor& tensor) {
     return {tensor.data_ptr(), nullptr, {}};
 }
 
-cpu::PrologueCoefficients prologue(cpu::Prologue kind, const cpu::BnCoefficients& by) {
-    return {kind,  by.mean.data(), by.scale.data(), by.shift.data(), by.mean_grad.data(), by.slope.data(),
-            false, cpu::Mask::none};
+// act(batch_norm(tensor)), by coefficients that stay where they are.
+cpu::ConvOperand activated(const Tensor& tensor, const cpu::BnCoefficients& by, bool relu) {
+    return {tensor.data_ptr(),
+            nullptr,
+            {cpu::Prologue::activation, by.mean.data(), by.scale.data(), by.shift.data(), nullptr, nullptr,
+             relu, cpu::Mask::none}};
+}
+
+// The gradient of batch_norm's input.
+cpu::ConvOperand differentiated(const Tensor& input, const cpu::BnInputGrad& grad) {
+    const cpu::BnCoefficients& by = grad.by;
+    return {grad.grad,
+            input.data_ptr(),
+            {cpu::Prologue::gradient, by.mean.data(), by.scale.data(), by.shift.data(), by.mean_grad.data(),
+             by.slope.data(), false, grad.mask}};
 }
 
 Ints sizes_of(const Tensor& tensor) {
     return {tensor.sizes().begin(), tensor.sizes().end()};
 }
 
-// act(conv2d(input, weight, bias) [+ residual])
-Tensor forward(Tensor input, Tensor weight, OptionalTensor bias, OptionalTensor residual, Ints stride,
-               Ints padding, Ints dilation, bool relu) {
-    constexpr const char* op = "conv_forward";
+// Checks what goes into a convolution, and how it is asked for.
+cpu::ConvForward conv_forward(const char* op, const Tensor& input, const Tensor& weight,
+                              const OptionalTensor& residual, const Ints& stride, const Ints& padding,
+                              const Ints& dilation) {
     cpu::ConvForward args{};
     args.weight = conv_weight(op, weight);
     args.shape = conv2d(op, sizes_of(input), weight, stride, padding, dilation);
     args.dtype = check_activation(op, "input", input, in_sizes(args.shape));
     if (residual) check_operand(op, "residual", *residual, out_sizes(args.shape), args.dtype);
+    args.input = plain(input);
+    return args;
+}
+
+// act(conv2d(input, weight, bias) [+ residual])
+Tensor forward(Tensor input, Tensor weight, OptionalTensor bias, OptionalTensor residual, Ints stride,
+               Ints padding, Ints dilation, bool relu) {
+    constexpr const char* op = "conv_forward";
+    cpu::ConvForward args = conv_forward(op, input, weight, residual, stride, padding, dilation);
     if (bias) {
         if (bias->dim() != 1 || bias->size(0) != args.shape.out_channels || !bias->is_contiguous() ||
             dtype_of(op, "bias", *bias) != Dtype::f32)
@@ -125,7 +146,6 @@ Tensor forward(Tensor input, Tensor weight, OptionalTensor bias, OptionalTensor 
         args.bias = static_cast<const float*>(bias->data_ptr());
     }
     Tensor output = empty_channels_last(input, out_sizes(args.shape));
-    args.input = plain(input);
     args.residual = residual ? residual->data_ptr() : nullptr;
     args.relu = relu;
     args.output = output.data_ptr();
@@ -167,11 +187,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_forward(
     OptionalTensor running_var, OptionalTensor weight, OptionalTensor bias, Ints stride, Ints padding,
     Ints dilation, double momentum, double eps, bool relu) {
     constexpr const char* op = "conv_bn_act_forward";
-    cpu::ConvForward conv{};
-    conv.weight = conv_weight(op, conv_weight_tensor);
-    conv.shape = conv2d(op, sizes_of(input), conv_weight_tensor, stride, padding, dilation);
-    conv.dtype = check_activation(op, "input", input, in_sizes(conv.shape));
-    if (residual) check_operand(op, "residual", *residual, out_sizes(conv.shape), conv.dtype);
+    cpu::ConvForward conv =
+        conv_forward(op, input, conv_weight_tensor, residual, stride, padding, dilation);
     Tensor conv_output = empty_channels_last(input, out_sizes(conv.shape));
     BnForward norm{};
     norm.shape = activation_of(conv.shape, conv.dtype);
@@ -182,7 +199,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_forward(
     if (norm.shape.rows() == 1) fail(op, "expected more than 1 value per channel when training");
 
     std::vector<bn_math::Moments<double>> moments(norm.shape.channels);
-    conv.input = plain(input);
     conv.output = conv_output.data_ptr();
     conv.moments = moments.data();
     cpu::conv_forward(conv, torch_threads());
@@ -246,12 +262,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_backward(
     norm.grad_bias = grad_bias.data_ptr();
     norm.training = true;
     norm.relu = relu;
-    const cpu::BnCoefficients by = cpu::batch_norm_backward_sums(norm, torch_threads());
+    const cpu::BnInputGrad input_grad = cpu::batch_norm_backward_sums(norm, torch_threads());
 
     // The gradient of the convolution's output is never written: both convolutions make it as they load.
-    cpu::ConvOperand grad_operand{output ? grad_residual.data_ptr() : grad.data_ptr(),
-                                  conv_output.data_ptr(), prologue(cpu::Prologue::gradient, by)};
-    grad_operand.prologue.mask = relu && !output ? cpu::Mask::recomputed : cpu::Mask::none;
+    const cpu::ConvOperand grad_operand = differentiated(conv_output, input_grad);
     Tensor grad_input =
         needs_input ? empty_channels_last(conv_output, in_sizes(shape)) : nothing(conv_output);
     if (needs_input)
@@ -267,8 +281,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_backward(
             before = cpu::forward_coefficients(shape.in_channels, before_weight, before_bias,
                                                static_cast<const double*>(input_mean->data_ptr()),
                                                static_cast<const double*>(input_rstd->data_ptr()));
-            input_operand.prologue = prologue(cpu::Prologue::activation, before);
-            input_operand.prologue.relu = input_relu;
+            input_operand = activated(input, before, input_relu);
         }
         cpu::conv_backward_weight(
             {shape, dtype, grad_operand, input_operand, conv_weight(op, grad_conv_weight)},
@@ -288,14 +301,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres, library) {
         "int[] dilation) -> Tensor");
     library.def(
         "conv_bn_act_forward(Tensor input, Tensor conv_weight, Tensor? residual, Tensor(a!)? running_mean, "
-        "Tensor(b!)? running_var, Tensor? weight, Tensor? bias, int[] stride, int[] padding, int[] "
-        "dilation, "
-        "float momentum, float eps, bool relu) "
+        "Tensor(b!)? running_var, Tensor? weight, Tensor? bias, int[] stride, int[] padding, "
+        "int[] dilation, float momentum, float eps, bool relu) "
         "-> (Tensor output, Tensor conv_output, Tensor save_mean, Tensor save_rstd)");
     library.def(
-        "conv_bn_act_backward(Tensor grad, Tensor conv_output, Tensor? output, Tensor? weight, Tensor? "
-        "bias, "
-        "Tensor save_mean, Tensor save_rstd, bool relu, Tensor input, Tensor? input_weight, "
+        "conv_bn_act_backward(Tensor grad, Tensor conv_output, Tensor? output, Tensor? weight, "
+        "Tensor? bias, Tensor save_mean, Tensor save_rstd, bool relu, Tensor input, Tensor? input_weight, "
         "Tensor? input_bias, Tensor? input_mean, Tensor? input_rstd, bool input_relu, Tensor conv_weight, "
         "int[] stride, int[] padding, int[] dilation, bool needs_input, bool needs_conv_weight) "
         "-> (Tensor grad_input, Tensor grad_conv_weight, Tensor grad_residual, Tensor grad_weight, "

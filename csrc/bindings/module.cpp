@@ -26,14 +26,17 @@ py::dict build_info() {
 
 std::vector<std::string> kernels() {
     std::vector<std::string> names;
-    for (const std::string& isa : fastres::cpu::available_isas())
+    const auto add = [&](const fastres::cpu::Kernels* unit, const char* kernel) {
+        names.push_back(std::string("cpu/") + unit->isa + "/" + kernel);
+    };
+    for (const fastres::cpu::Kernels* unit : fastres::cpu::available_kernels()) {
         for (const char* kernel :
              {"bn_moments", "bn_apply", "bn_reduce", "bn_input_grad", "add_relu", "add_relu_grad"})
-            names.push_back("cpu/" + isa + "/" + kernel);
-    for (const std::string& isa : fastres::cpu::available_isas())
-        if (isa != "scalar")
+            add(unit, kernel);
+        if (unit->convolution[static_cast<int>(fastres::Dtype::f32)])
             for (const char* kernel : {"conv_multiply", "conv_load", "conv_store", "conv_pack_weight"})
-                names.push_back("cpu/" + isa + "/" + kernel);
+                add(unit, kernel);
+    }
 #if defined(FASTRES_CUDA)
     for (const std::string& kernel : fastres::cuda::kernel_names()) names.push_back("cuda/" + kernel);
 #endif

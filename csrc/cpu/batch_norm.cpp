@@ -86,6 +86,11 @@ struct ForwardCoefficients {
         scale[c] = static_cast<Real>(weight * rstd);
         shift[c] = static_cast<Real>(bias - (exact_mean - mean[c]) * scale[c]);
     }
+    void set_all(int64_t channels, const double* means, const double* rstds, const ChannelVector& weight,
+                 const ChannelVector& bias) {
+        for (int64_t c = 0; c < channels; ++c)
+            set(c, means[c], rstds[c], read(weight, c, 1), read(bias, c, 0));
+    }
 
     AlignedVector<Real> mean, scale, shift;
 };
@@ -266,12 +271,13 @@ class Backward {
           mask_(!args.relu    ? Mask::none
                 : args.output ? Mask::from_output
                               : Mask::recomputed),
+          rest_grad_(args.grad_residual ? args.grad_residual : args.grad),
+          rest_mask_(args.grad_residual ? Mask::none : mask_),
           forward_(cut_.coefficients()),
           mean_grad_(cut_.coefficients()),
           slope_(cut_.coefficients()),
           stream_(streams(args.grad_input, args.shape)) {
-        for (int64_t c = 0; c < shape_.channels; ++c)
-            forward_.set(c, mean_[c], rstd_[c], read(args_.weight, c, 1), read(args_.bias, c, 0));
+        forward_.set_all(shape_.channels, mean_, rstd_, args_.weight, args_.bias);
         for (auto* values : {&forward_.mean, &forward_.scale, &forward_.shift})
             repeat(*values, shape_.channels);
     }
@@ -285,9 +291,10 @@ class Backward {
     }
 
     // The sums alone; what they make of the input's gradient is left to the caller.
-    BnCoefficients take_row_sums() {
+    BnInputGrad take_row_sums() {
         reduce_rows();
-        return {forward_.mean, forward_.scale, forward_.shift, mean_grad_, slope_};
+        return {
+            rest_grad_, rest_mask_, {forward_.mean, forward_.scale, forward_.shift, mean_grad_, slope_}};
     }
 
   private:
@@ -344,16 +351,13 @@ class Backward {
     }
 
     void input_grad(const Share& share) const {
-        // Where the masked gradient was written for the residual, it is read from there.
-        const void* grad = args_.grad_residual ? args_.grad_residual : args_.grad;
-        const Mask mask = args_.grad_residual ? Mask::none : mask_;
         cut_.visit_pieces_backwards(share, [&](const Piece& piece) {
             cut_.loops().input_grad(
-                {at(grad, piece.element, shape_.dtype), at(args_.input, piece.element, shape_.dtype),
+                {at(rest_grad_, piece.element, shape_.dtype), at(args_.input, piece.element, shape_.dtype),
                  at(args_.grad_input, piece.element, shape_.dtype), piece.rows, piece.channels,
                  shape_.pixels, forward_.mean.data() + share.channels.begin,
                  forward_.scale.data() + share.channels.begin, forward_.shift.data() + share.channels.begin,
-                 mean_grad_.data() + share.channels.begin, slope_.data() + share.channels.begin, mask,
+                 mean_grad_.data() + share.channels.begin, slope_.data() + share.channels.begin, rest_mask_,
                  stream_});
         });
     }
@@ -377,6 +381,9 @@ class Backward {
     const double* mean_;
     const double* rstd_;
     const Mask mask_;
+    // After the sums: where the masked gradient was written for the residual, it is read from there.
+    const void* const rest_grad_;
+    const Mask rest_mask_;
     ForwardCoefficients<Real> forward_;
     AlignedVector<Real> mean_grad_, slope_;
     const bool stream_;
@@ -398,12 +405,11 @@ BnCoefficients forward_coefficients(int64_t channels, const ChannelVector& weigh
                                     const ChannelVector& bias, const double* save_mean,
                                     const double* save_rstd) {
     ForwardCoefficients<float> forward(channels);
-    for (int64_t c = 0; c < channels; ++c)
-        forward.set(c, save_mean[c], save_rstd[c], read(weight, c, 1), read(bias, c, 0));
+    forward.set_all(channels, save_mean, save_rstd, weight, bias);
     return {forward.mean, forward.scale, forward.shift, {}, {}};
 }
 
-BnCoefficients batch_norm_backward_sums(const BnBackward& args, const ThreadPool& pool) {
+BnInputGrad batch_norm_backward_sums(const BnBackward& args, const ThreadPool& pool) {
     return Backward<float>(args, pool).take_row_sums();
 }
 

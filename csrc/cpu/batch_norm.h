@@ -7,6 +7,7 @@
 
 #include "core/batch_norm.h"
 #include "cpu/aligned_vector.h"
+#include "cpu/mask.h"
 #include "cpu/parallel.h"
 
 namespace fastres::cpu {
@@ -25,8 +26,15 @@ BnCoefficients forward_coefficients(int64_t channels, const ChannelVector& weigh
                                     const ChannelVector& bias, const double* save_mean,
                                     const double* save_rstd);
 
-// batch_norm_backward in training, but for grad_input, whose coefficients are returned. Channels last.
-BnCoefficients batch_norm_backward_sums(const BnBackward& args, const ThreadPool& pool);
+// What is left of batch_norm_backward after its sums: grad_input from the gradient at `grad`, after `mask`.
+struct BnInputGrad {
+    const void* grad;
+    Mask mask;
+    BnCoefficients by;
+};
+
+// batch_norm_backward in training, but for grad_input. Channels last.
+BnInputGrad batch_norm_backward_sums(const BnBackward& args, const ThreadPool& pool);
 
 void add_relu(const AddRelu& args, const ThreadPool& pool);
 void add_relu_backward(const AddReluBackward& args, const ThreadPool& pool);

@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "core/conv2d.h"
-#include "cpu/aligned_vector.h"
 #include "cpu/cut.h"
 
 namespace fastres::cpu {
@@ -19,6 +18,9 @@ struct Box {
 class Boxes {
   public:
     Boxes(int64_t batch, Axes size, int64_t pixels) : batch_(batch), size_(size) {
+        const auto parts = [](int64_t total, int64_t most) {
+            return ceil_div(total, std::max<int64_t>(1, most));
+        };
         columns_ = parts(size.w, pixels);
         rows_ = columns_ > 1 ? size.h : parts(size.h, pixels / size.w);
         images_ = rows_ > 1 ? batch : parts(batch, pixels / (size.h * size.w));
@@ -32,30 +34,9 @@ class Boxes {
     }
 
   private:
-    static int64_t parts(int64_t total, int64_t most) {
-        most = std::max<int64_t>(1, most);
-        return (total + most - 1) / most;
-    }
-
     int64_t batch_;
     Axes size_;
     int64_t images_, rows_, columns_;
-};
-
-// Memory of a thread that stays with it from one convolution to the next.
-class Workspace {
-  public:
-    // At least so many floats, with what was there before, or not.
-    float* floats(int64_t count) {
-        if (static_cast<int64_t>(memory_.size()) < count) {
-            memory_ = {};
-            memory_ = AlignedVector<float>(count);
-        }
-        return memory_.data();
-    }
-
-  private:
-    AlignedVector<float> memory_;
 };
 
 }  // namespace fastres::cpu

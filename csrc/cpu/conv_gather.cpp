@@ -3,12 +3,14 @@
 #include <vector>
 
 #include "cpu/conv_box.h"
+#include "cpu/conv_rows.h"
 #include "cpu/convolution.h"
 #include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 #include "cpu/pointer.h"
 #include "cpu/prefetch.h"
 #include "cpu/streaming.h"
+#include "cpu/workspace.h"
 
 namespace fastres::cpu {
 namespace {
@@ -60,9 +62,9 @@ class GatherLoop {
           pool_(pool),
           kernels_(*convolution_kernels(args.dtype)),
           taps_(static_cast<int64_t>(args.rows.taps.size() * args.columns.taps.size())),
-          k_words_((args.in_channels + kernels_.pack - 1) / kernels_.pack),
+          k_words_(ceil_div(args.in_channels, kernels_.pack)),
           k_block_(block_of_k()),
-          n_blocks_((args.out_channels + kernels_.block - 1) / kernels_.block),
+          n_blocks_(ceil_div(args.out_channels, kernels_.block)),
           stream_(
               streams(args.output, args.batch * args.out.h * args.out.w * pixel_bytes(), pixel_bytes())) {}
 
@@ -73,7 +75,7 @@ class GatherLoop {
         pool_.for_each(n_blocks_, [&](int64_t n_block) { pack(n_block, weight); });
 
         const Boxes boxes(args_.batch, args_.grid, kPixelsOfBox);
-        const int64_t chunks = (n_blocks_ + kBlocksOfChunk - 1) / kBlocksOfChunk;
+        const int64_t chunks = ceil_div(n_blocks_, kBlocksOfChunk);
         std::vector<Moments> moments(args_.moments ? boxes.count() * args_.out_channels : 0);
         pool_.for_each(boxes.count() * chunks, [&](int64_t task) {
             static thread_local Workspace workspace;
@@ -110,8 +112,7 @@ class GatherLoop {
         constexpr int64_t most_words = 256, most_steps = 640;
         const int64_t most =
             std::max<int64_t>(32, std::min(most_words, most_steps / std::max<int64_t>(1, taps_)));
-        const int64_t blocks = (k_words_ + most - 1) / most;
-        return (k_words_ + blocks - 1) / blocks;
+        return ceil_div(k_words_, ceil_div(k_words_, most));
     }
 
     // [n block][k block][tap][k word][n]
@@ -152,6 +153,8 @@ class GatherLoop {
         if (moments) std::fill_n(about, 3 * sums_stride, 0.0f);
         const Sums of_box{sums, sums_stride, moments ? about : nullptr};
         if (taps_ == 0) std::fill_n(sums, sums_words, 0.0f);
+        prefetch.spread(n_blocks.size() * box.images.size() * box.rows.size() * groups_of(box) *
+                        ceil_div(k_words_, k_block_));
         int64_t k = 0;
         do {
             const int64_t k_words = std::min(k_block_, k_words_ - k);
@@ -186,27 +189,23 @@ class GatherLoop {
     }
 
     void load_patch(const Box& box, Axes patch, int64_t channel, int64_t k_words, float* words) const {
-        PixelRow row{};
-        row.width = args_.in.w;
-        row.pixel_stride = args_.in_channels;
-        row.column = box.columns.begin * args_.columns.step + args_.columns.first();
-        row.column_step = args_.columns.load_step();
-        row.columns = patch.w;
-        row.first_channel = channel;
-        row.channels = std::min(k_words * kernels_.pack, args_.in_channels - channel);
-        row.prologue = args_.input.prologue;
-        for (int64_t image = box.images.begin; image < box.images.end; ++image) {
-            for (int64_t r = 0; r < patch.h; ++r, words += patch.w * k_words) {
-                const int64_t in_row =
-                    box.rows.begin * args_.rows.step + args_.rows.first() + r * args_.rows.load_step();
-                const int64_t element = (image * args_.in.h + in_row) * args_.in.w * args_.in_channels;
-                const bool inside = in_row >= 0 && in_row < args_.in.h;
-                row.row = inside ? at(args_.input.data, element, args_.dtype) : nullptr;
-                row.input = inside ? at(args_.input.bn_input, element, args_.dtype) : nullptr;
-                kernels_.load_channels(row, words);
-            }
-        }
+        PixelRow pixels{};
+        pixels.column = box.columns.begin * args_.columns.step + args_.columns.first();
+        pixels.column_step = args_.columns.load_step();
+        pixels.columns = patch.w;
+        pixels.first_channel = channel;
+        pixels.channels = std::min(k_words * kernels_.pack, args_.in_channels - channel);
+        const ImageRows rows{box.images, box.rows.begin * args_.rows.step + args_.rows.first(),
+                             args_.rows.load_step(), patch.h};
+        visit_rows(args_.input, args_.dtype, args_.in, args_.in_channels, rows, pixels,
+                   [&](const PixelRow& row) {
+                       kernels_.load_channels(row, words);
+                       words += patch.w * k_words;
+                   });
     }
+
+    // Tiles that a row of a box is cut into.
+    int64_t groups_of(const Box& box) const { return ceil_div(box.columns.size(), kernels_.tile_rows); }
 
     // What a box's products are added up in.
     struct Sums {
@@ -239,9 +238,7 @@ class GatherLoop {
         tile.add = k > 0;
         const bool last = k + k_words == k_words_;
         const int64_t block = kernels_.block, lanes = block / kernels_.vectors, width = box.columns.size();
-        const int64_t groups = (width + kernels_.tile_rows - 1) / kernels_.tile_rows;
-        prefetch.spread(n_blocks.size() * box.images.size() * box.rows.size() * groups *
-                        ((k_words_ + k_block_ - 1) / k_block_));
+        const int64_t groups = groups_of(box);
         const auto multiply_group = [&](int64_t n, int64_t image, int64_t row, int64_t group) {
             const Range columns = part(width, groups, group);
             const int64_t patch_row = image * patch.h + row * args_.rows.patch_step();
@@ -252,7 +249,7 @@ class GatherLoop {
             tile.sums = sums.data + pixel * sums.stride + channel;
             tile.rows = static_cast<int>(columns.size());
             tile.vectors =
-                static_cast<int>((std::min(block, args_.out_channels - n * block) + lanes - 1) / lanes);
+                static_cast<int>(ceil_div(std::min(block, args_.out_channels - n * block), lanes));
             prefetch.step();
             if (taps_ > 0) kernels_.multiply(tile);
             if (last)
@@ -385,8 +382,8 @@ void conv_backward_input(const ConvBackwardInput& args, const ThreadPool& pool) 
             gather.batch = shape.batch;
             gather.in = shape.out;
             gather.out = shape.in;
-            gather.grid = {(shape.in.h - h + shape.stride.h - 1) / shape.stride.h,
-                           (shape.in.w - w + shape.stride.w - 1) / shape.stride.w};
+            gather.grid = {ceil_div(shape.in.h - h, shape.stride.h),
+                           ceil_div(shape.in.w - w, shape.stride.w)};
             gather.grid_first = {h, w};
             gather.rows =
                 backward_taps(shape.kernel.h, shape.stride.h, shape.padding.h, shape.dilation.h, h);

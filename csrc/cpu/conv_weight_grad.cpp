@@ -4,10 +4,12 @@
 #include <vector>
 
 #include "cpu/conv_box.h"
+#include "cpu/conv_rows.h"
 #include "cpu/convolution.h"
 #include "cpu/isa.h"
 #include "cpu/pointer.h"
 #include "cpu/prefetch.h"
+#include "cpu/workspace.h"
 
 namespace fastres::cpu {
 namespace {
@@ -76,7 +78,7 @@ class WeightGradLoop {
     void cut() {
         constexpr int64_t most_words = 80 * 1024;
         const int64_t block = kernels_.block;
-        const auto blocks = [&](int64_t channels) { return (channels + block - 1) / block; };
+        const auto blocks = [&](int64_t channels) { return ceil_div(channels, block); };
         const int64_t most_blocks = std::max<int64_t>(1, most_words / (taps_ * block * block));
         in_width_ = std::min(block, shape_.in_channels);
         // As square as can be: each operand is loaded once for each chunk of the other's channels.
@@ -84,8 +86,8 @@ class WeightGradLoop {
         int64_t in_blocks = std::min(blocks(shape_.in_channels), most_blocks);
         while (in_blocks * out_blocks > most_blocks)
             (in_blocks >= out_blocks ? in_blocks : out_blocks) -= 1;
-        in_chunks_ = (blocks(shape_.in_channels) + in_blocks - 1) / in_blocks;
-        out_chunks_ = (blocks(shape_.out_channels) + out_blocks - 1) / out_blocks;
+        in_chunks_ = ceil_div(blocks(shape_.in_channels), in_blocks);
+        out_chunks_ = ceil_div(blocks(shape_.out_channels), out_blocks);
         in_chunk_ = in_blocks * block;
         out_chunk_ = out_blocks * block;
     }
@@ -96,7 +98,7 @@ class WeightGradLoop {
         return {in, out};
     }
 
-    int64_t steps(int64_t columns) const { return (columns + kernels_.pack - 1) / kernels_.pack; }
+    int64_t steps(int64_t columns) const { return ceil_div(columns, kernels_.pack); }
 
     int64_t patch_rows(const Box& box) const {
         return row_step_ > 1 ? box.rows.size()
@@ -115,72 +117,93 @@ class WeightGradLoop {
                (patch_rows(largest) * shape_.kernel.w * in_chunk_ + largest.rows.size() * out_chunk_);
     }
 
+    // A box's operands, as words.
+    struct Words {
+        float *grad, *input;
+        int64_t grad_block, input_block;  // from one block of channels to the next
+        int64_t in_blocks, row_steps;
+    };
+
     // sums[tap][in channel][out channel] over some boxes
     void sum(const Boxes& boxes, Range range, const Chunk& chunk, float* words, float* sums) const {
-        const int64_t block = kernels_.block, lanes = block / kernels_.vectors;
         if (range.size() == 0) std::fill_n(sums, taps_ * in_chunk_ * out_chunk_, 0.0f);
         for (int64_t index = range.begin; index < range.end; ++index) {
             const Box box = boxes[index];
-            const int64_t row_steps = steps(box.columns.size());
-            const int64_t rows = box.images.size() * box.rows.size(), patch = patch_rows(box);
-            const int64_t grad_block = rows * row_steps * block;
-            const int64_t input_block = box.images.size() * patch * row_steps * in_width_;
-            const int64_t in_blocks = (chunk.in_channels.size() + in_width_ - 1) / in_width_;
-            float* grad = words;
-            float* input = words + (chunk.out_channels.size() + block - 1) / block * grad_block;
             Prefetch prefetch;
             if (index + 1 < range.end) fetch(boxes[index + 1], chunk, prefetch);
             prefetch.spread(multiplications(chunk));
-            load_grad(box, chunk.out_channels, grad, grad_block);
-            for (int64_t kw = 0; kw < shape_.kernel.w; ++kw)
-                load_input(box, chunk.in_channels, kw, input + kw * in_blocks * input_block, input_block);
+            multiply(box, chunk, load(box, chunk, words), index > range.begin, sums, prefetch);
+        }
+    }
 
-            std::vector<int64_t> runs(rows);
-            MultiplyTile tile{};
-            tile.row_stride = 1;
-            tile.step_stride = in_width_;
-            tile.run_count = rows;
-            tile.steps = row_steps;
-            tile.sums_stride = out_chunk_;
-            tile.add = index > range.begin;
-            for (int64_t kh = 0; kh < shape_.kernel.h; ++kh) {
-                for (int64_t row = 0; row < rows; ++row) {
-                    const int64_t image = row / box.rows.size(), r = row % box.rows.size();
-                    const int64_t patch_row =
-                        row_step_ > 1 ? r : r * shape_.stride.h + kh * shape_.dilation.h;
-                    runs[row] = (image * patch + patch_row) * row_steps * in_width_;
-                }
-                tile.runs = runs.data();
-                for (int64_t kw = 0; kw < shape_.kernel.w; ++kw) {
-                    const int64_t tap = kh * shape_.kernel.w + kw;
-                    for (int64_t n = 0; n < chunk.out_channels.size(); n += block) {
-                        tile.b = grad + n / block * grad_block;
-                        tile.vectors = static_cast<int>(
-                            (std::min(block, chunk.out_channels.size() - n) + lanes - 1) / lanes);
-                        for (int64_t m = 0; m < chunk.in_channels.size(); m += in_width_) {
-                            const int64_t width = std::min(in_width_, chunk.in_channels.size() - m);
-                            const int64_t groups = (width + kernels_.tile_rows - 1) / kernels_.tile_rows;
-                            for (int64_t group = 0; group < groups; ++group) {
-                                const Range channels = part(width, groups, group);
-                                tile.a =
-                                    input + (kw * in_blocks + m / in_width_) * input_block + channels.begin;
-                                tile.sums = sums + (tap * in_chunk_ + m + channels.begin) * out_chunk_ + n;
-                                tile.rows = static_cast<int>(channels.size());
-                                prefetch.step();
-                                kernels_.multiply(tile);
-                            }
-                        }
-                    }
+    Words load(const Box& box, const Chunk& chunk, float* words) const {
+        Words loaded{};
+        loaded.row_steps = steps(box.columns.size());
+        loaded.grad_block = box.images.size() * box.rows.size() * loaded.row_steps * kernels_.block;
+        loaded.input_block = box.images.size() * patch_rows(box) * loaded.row_steps * in_width_;
+        loaded.in_blocks = ceil_div(chunk.in_channels.size(), in_width_);
+        loaded.grad = words;
+        loaded.input = words + ceil_div(chunk.out_channels.size(), kernels_.block) * loaded.grad_block;
+        load_grad(box, chunk.out_channels, loaded.grad, loaded.grad_block);
+        for (int64_t kw = 0; kw < shape_.kernel.w; ++kw)
+            load_input(box, chunk.in_channels, kw,
+                       loaded.input + kw * loaded.in_blocks * loaded.input_block, loaded.input_block);
+        return loaded;
+    }
+
+    void multiply(const Box& box, const Chunk& chunk, const Words& words, bool add, float* sums,
+                  Prefetch& prefetch) const {
+        const int64_t rows = box.images.size() * box.rows.size(), patch = patch_rows(box);
+        std::vector<int64_t> runs(rows);
+        MultiplyTile tile{};
+        tile.row_stride = 1;
+        tile.step_stride = in_width_;
+        tile.runs = runs.data();
+        tile.run_count = rows;
+        tile.steps = words.row_steps;
+        tile.sums_stride = out_chunk_;
+        tile.add = add;
+        for (int64_t kh = 0; kh < shape_.kernel.h; ++kh) {
+            for (int64_t row = 0; row < rows; ++row) {
+                const int64_t image = row / box.rows.size(), r = row % box.rows.size();
+                const int64_t patch_row = row_step_ > 1 ? r : r * shape_.stride.h + kh * shape_.dilation.h;
+                runs[row] = (image * patch + patch_row) * words.row_steps * in_width_;
+            }
+            for (int64_t kw = 0; kw < shape_.kernel.w; ++kw) {
+                const int64_t tap = kh * shape_.kernel.w + kw;
+                multiply_tap(tile, chunk, words, kw, sums + tap * in_chunk_ * out_chunk_, prefetch);
+            }
+        }
+    }
+
+    // All pairs of channels of a chunk, for one entry of the kernel; kw is its column.
+    void multiply_tap(MultiplyTile tile, const Chunk& chunk, const Words& words, int64_t kw, float* sums,
+                      Prefetch& prefetch) const {
+        const int64_t block = kernels_.block, lanes = block / kernels_.vectors;
+        for (int64_t n = 0; n < chunk.out_channels.size(); n += block) {
+            tile.b = words.grad + n / block * words.grad_block;
+            tile.vectors =
+                static_cast<int>(ceil_div(std::min(block, chunk.out_channels.size() - n), lanes));
+            for (int64_t m = 0; m < chunk.in_channels.size(); m += in_width_) {
+                const int64_t width = std::min(in_width_, chunk.in_channels.size() - m);
+                const int64_t groups = ceil_div(width, kernels_.tile_rows);
+                for (int64_t group = 0; group < groups; ++group) {
+                    const Range channels = part(width, groups, group);
+                    tile.a = words.input + (kw * words.in_blocks + m / in_width_) * words.input_block +
+                             channels.begin;
+                    tile.sums = sums + (m + channels.begin) * out_chunk_ + n;
+                    tile.rows = static_cast<int>(channels.size());
+                    prefetch.step();
+                    kernels_.multiply(tile);
                 }
             }
         }
     }
 
     int64_t multiplications(const Chunk& chunk) const {
-        const int64_t block = kernels_.block, rows = kernels_.tile_rows;
-        const int64_t groups =
-            ((in_width_ + rows - 1) / rows) * ((chunk.in_channels.size() + in_width_ - 1) / in_width_);
-        return taps_ * groups * ((chunk.out_channels.size() + block - 1) / block);
+        return taps_ * ceil_div(in_width_, kernels_.tile_rows) *
+               ceil_div(chunk.in_channels.size(), in_width_) *
+               ceil_div(chunk.out_channels.size(), kernels_.block);
     }
 
     // The operands of a box: a piece of each pixel's channels, or all as one.
@@ -207,47 +230,35 @@ class WeightGradLoop {
     }
 
     void load_grad(const Box& box, Range channels, float* words, int64_t block_stride) const {
-        PixelRow row{};
-        row.width = shape_.out.w;
-        row.pixel_stride = shape_.out_channels;
-        row.column = box.columns.begin;
-        row.column_step = 1;
-        row.columns = box.columns.size();
-        row.first_channel = channels.begin;
-        row.channels = channels.size();
-        row.prologue = args_.grad.prologue;
-        for (int64_t image = box.images.begin; image < box.images.end; ++image) {
-            for (int64_t r = box.rows.begin; r < box.rows.end; ++r) {
-                const int64_t element = (image * shape_.out.h + r) * shape_.out.w * shape_.out_channels;
-                row.row = at(args_.grad.data, element, args_.dtype);
-                row.input = at(args_.grad.bn_input, element, args_.dtype);
-                kernels_.load_pixels(row, kernels_.block, words, block_stride);
-                words += steps(row.columns) * kernels_.block;
-            }
-        }
+        PixelRow pixels{};
+        pixels.column = box.columns.begin;
+        pixels.column_step = 1;
+        pixels.columns = box.columns.size();
+        pixels.first_channel = channels.begin;
+        pixels.channels = channels.size();
+        const ImageRows rows{box.images, box.rows.begin, 1, box.rows.size()};
+        visit_rows(args_.grad, args_.dtype, shape_.out, shape_.out_channels, rows, pixels,
+                   [&](const PixelRow& row) {
+                       kernels_.load_pixels(row, kernels_.block, words, block_stride);
+                       words += steps(row.columns) * kernels_.block;
+                   });
     }
 
     // What one column of the kernel sees.
     void load_input(const Box& box, Range channels, int64_t kw, float* words, int64_t block_stride) const {
-        PixelRow row{};
-        row.width = shape_.in.w;
-        row.pixel_stride = shape_.in_channels;
-        row.column = box.columns.begin * shape_.stride.w - shape_.padding.w + kw * shape_.dilation.w;
-        row.column_step = shape_.stride.w;
-        row.columns = box.columns.size();
-        row.first_channel = channels.begin;
-        row.channels = channels.size();
-        row.prologue = args_.input.prologue;
-        for (int64_t image = box.images.begin; image < box.images.end; ++image) {
-            for (int64_t r = 0; r < patch_rows(box); ++r) {
-                const int64_t in_row = box.rows.begin * shape_.stride.h - shape_.padding.h + r * row_step_;
-                const int64_t element = (image * shape_.in.h + in_row) * shape_.in.w * shape_.in_channels;
-                const bool inside = in_row >= 0 && in_row < shape_.in.h;
-                row.row = inside ? at(args_.input.data, element, args_.dtype) : nullptr;
-                kernels_.load_pixels(row, in_width_, words, block_stride);
-                words += steps(row.columns) * in_width_;
-            }
-        }
+        PixelRow pixels{};
+        pixels.column = box.columns.begin * shape_.stride.w - shape_.padding.w + kw * shape_.dilation.w;
+        pixels.column_step = shape_.stride.w;
+        pixels.columns = box.columns.size();
+        pixels.first_channel = channels.begin;
+        pixels.channels = channels.size();
+        const ImageRows rows{box.images, box.rows.begin * shape_.stride.h - shape_.padding.h, row_step_,
+                             patch_rows(box)};
+        visit_rows(args_.input, args_.dtype, shape_.in, shape_.in_channels, rows, pixels,
+                   [&](const PixelRow& row) {
+                       kernels_.load_pixels(row, in_width_, words, block_stride);
+                       words += steps(row.columns) * in_width_;
+                   });
     }
 
     void store(const Chunk& chunk, const float* sums) const {

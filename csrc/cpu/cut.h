@@ -17,9 +17,13 @@ struct Range {
     int64_t size() const { return end - begin; }
 };
 
+constexpr int64_t ceil_div(int64_t total, int64_t most) {
+    return (total + most - 1) / most;
+}
+
 // Part `index` of 0..total cut into `parts`, cuts on multiples of `grain`.
 inline Range part(int64_t total, int64_t parts, int64_t index, int64_t grain = 1) {
-    const int64_t grains = (total + grain - 1) / grain;
+    const int64_t grains = ceil_div(total, grain);
     return {std::min(total, grains * index / parts * grain),
             std::min(total, grains * (index + 1) / parts * grain)};
 }

@@ -11,7 +11,6 @@
 #include <stdexcept>
 
 namespace fastres::cpu {
-namespace {
 
 std::vector<const Kernels*> available_kernels() {
     std::vector<const Kernels*> available{scalar_kernels()};
@@ -27,6 +26,8 @@ std::vector<const Kernels*> available_kernels() {
 #endif
     return available;
 }
+
+namespace {
 
 const Kernels* find(const std::string& isa) {
     for (const Kernels* candidate : available_kernels())

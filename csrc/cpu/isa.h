@@ -8,7 +8,10 @@
 
 namespace fastres::cpu {
 
-// Names of the units that this build holds and this processor can run, slowest first; "scalar" always.
+// The units that this build holds and this processor can run, slowest first; the scalar one always.
+std::vector<const Kernels*> available_kernels();
+
+// Their names.
 std::vector<std::string> available_isas();
 
 // The unit in use: the fastest available one as measured at its first use, or what FASTRES_CPU_ISA or

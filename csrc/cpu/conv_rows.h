@@ -1,0 +1,36 @@
+// The rows of an operand that a box of a convolution reads.
+#pragma once
+
+#include "core/conv2d.h"
+#include "cpu/convolution.h"
+#include "cpu/cut.h"
+#include "cpu/pointer.h"
+
+namespace fastres::cpu {
+
+struct ImageRows {
+    Range images;
+    int64_t first, step, count;  // first, first + step, ...; those outside of the image are zero
+};
+
+// Calls load(pixels) for each row of each image, in order; `pixels` says which of a row's are wanted,
+// `size` and `channels` those of the tensor.
+template <class Load>
+void visit_rows(const ConvOperand& operand, Dtype dtype, Axes size, int64_t channels, const ImageRows& rows,
+                PixelRow pixels, const Load& load) {
+    pixels.width = size.w;
+    pixels.pixel_stride = channels;
+    pixels.prologue = operand.prologue;
+    for (int64_t image = rows.images.begin; image < rows.images.end; ++image) {
+        for (int64_t i = 0; i < rows.count; ++i) {
+            const int64_t row = rows.first + i * rows.step;
+            const bool inside = row >= 0 && row < size.h;
+            const int64_t element = (image * size.h + row) * size.w * channels;
+            pixels.row = inside ? at(operand.data, element, dtype) : nullptr;
+            pixels.input = inside ? at(operand.bn_input, element, dtype) : nullptr;
+            load(pixels);
+        }
+    }
+}
+
+}  // namespace fastres::cpu

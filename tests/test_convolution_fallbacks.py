@@ -1,0 +1,151 @@
+"""conv_bn_relu where no node of ours runs: bad input, what no kernel covers, transforms of torch's."""
+
+import pytest
+import torch
+from layers import Case, assert_accurate, channels_last, conv_bn_relu, is_node
+from torch.autograd import forward_ad
+
+from fastres import ops
+
+pytestmark = pytest.mark.usefixtures("one_thread", "small_layers")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# bad input
+
+
+BAD = {
+    "channels": dict(weight=torch.randn(64, 16, 3, 3)),
+    "bn_weight": dict(bn_weight=torch.ones(63)),
+    "bn_bias": dict(bn_bias=torch.ones(65)),
+    "running_mean": dict(running_mean=torch.zeros(63)),
+    "running_var": dict(running_var=torch.ones(65)),
+    "residual": dict(residual=torch.randn(8, 64, 5, 5)),
+    "kernel": dict(weight=torch.randn(64, 32, 40, 3)),
+    "weight of two dimensions": dict(weight=torch.randn(64, 32)),
+    "weight's dtype": dict(weight=torch.randn(64, 32, 3, 3).double()),
+    "stride": dict(stride=0),
+    "padding": dict(padding=-1),
+    "dilation": dict(dilation=0),
+    "stride of three": dict(stride=(1, 1, 1)),
+    "padding of three": dict(padding=(1, 1, 1)),
+    "padding's name": dict(padding="some"),
+}
+
+
+@pytest.mark.parametrize("change", BAD.values(), ids=BAD)
+def test_bad_input_raises_as_in_stock_and_writes_nothing(change):
+    case = Case()
+    arguments = case.leaves() | case.by | change
+    statistics = {name: arguments[name].clone() for name in ("running_mean", "running_var")}
+    with pytest.raises(Exception) as stock:
+        conv_bn_relu(**arguments | statistics)
+    with pytest.raises((type(stock.value), ValueError) if change is BAD["residual"] else type(stock.value)):
+        ops.conv_bn_relu(**arguments)
+    for name in statistics:
+        if name not in change:
+            assert torch.equal(arguments[name], case.values[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32], ids=str)
+def test_autocast_leaves_the_input_as_stock_does(dtype):
+    case = Case(residual=False)
+    leaves = case.leaves() | dict(input=channels_last(torch.ones(8, 32, 17, 15, dtype=dtype)))
+    for function in (conv_bn_relu, ops.conv_bn_relu):
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            pytest.raises(RuntimeError, match="expected scalar type"),
+        ):
+            function(**leaves, **case.by)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# what falls back
+
+
+FALLBACKS = {
+    "groups": (dict(groups=2), lambda v: v | dict(weight=v["weight"][:, :16].clone())),
+    "conv_bias": ({}, lambda v: v | dict(conv_bias=torch.randn(64))),
+    "contiguous": ({}, lambda v: v | dict(input=v["input"].contiguous())),
+    "strided": ({}, lambda v: v | dict(input=v["input"].repeat(1, 1, 1, 2)[..., ::2])),
+    "float64": ({}, lambda v: {n: t.double() for n, t in v.items()}),
+    "few input channels": (
+        {}, lambda v: v | dict(input=channels_last(v["input"][:, :8]), weight=v["weight"][:, :8])
+    ),
+    "few pixels": ({}, lambda v: v | dict(input=channels_last(v["input"][:2]), residual=v["residual"][:2])),
+    "padding of a name": (dict(padding="same"), lambda v: v),
+    "contiguous residual": ({}, lambda v: v | dict(residual=v["residual"].contiguous())),
+    "residual that broadcasts": ({}, lambda v: v | dict(residual=v["residual"][:1])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FALLBACKS)
+def test_what_no_kernel_covers_equals_stock(name):
+    case = Case()
+    change, prepare = FALLBACKS[name]
+    values, results = prepare(case.values), []
+    runs = ((ops.conv_bn_relu, False), (conv_bn_relu, False), (conv_bn_relu, True))
+    for function, double in runs:
+        leaves = {
+            n: t.detach().to(torch.float64 if double else t.dtype, copy=True) for n, t in values.items()
+        }
+        for n, leaf in leaves.items():
+            leaf.requires_grad_(not n.startswith("running"))
+        output = function(**leaves, **case.by | change)
+        assert not is_node(output)
+        generator = torch.Generator().manual_seed(0)
+        output.backward(torch.randn(output.shape, generator=generator).to(output.dtype))
+        gradients = {f"gradient of {n}": t.grad for n, t in leaves.items() if t.grad is not None}
+        results.append(
+            {"output": output, **gradients, **{n: leaves[n] for n in ("running_mean", "running_var")}}
+        )
+    for key, fused in results[0].items():
+        if fused.dtype == torch.float64:  # the reference has this dtype's errors itself
+            torch.testing.assert_close(fused, results[1][key], rtol=1e-9, atol=1e-9)
+        else:
+            assert_accurate(key, fused, results[1][key], results[2][key])
+
+
+def transformed(function, values, by, how: str):
+    """A transform of torch's of the mean square of `function`, as a function of the input."""
+    values = dict(values)
+    input = values.pop("input")
+    names = ("running_mean", "running_var")
+
+    def loss(input, weight=values["weight"]):
+        fresh = {name: values[name].clone() for name in names} if how != "vmap" else dict.fromkeys(names)
+        return function(input, **values | fresh | dict(weight=weight), **by).square().mean()
+
+    if how == "grad":
+        return torch.func.grad(loss, argnums=(0, 1))(input, values["weight"])
+    if how == "vmap":
+        return (torch.func.vmap(loss)(torch.stack([input, input.flip(0)])),)
+    if how == "jvp":
+        return torch.func.jvp(loss, (input,), (input.flip(0),))
+    if how == "dual":
+        with forward_ad.dual_level():
+            dual = loss(forward_ad.make_dual(input, input.flip(0)))
+            return tuple(forward_ad.unpack_dual(dual))
+    input = input.clone().requires_grad_()
+    value = torch.compile(loss, backend="aot_eager")(input) if how == "compile" else loss(input)
+    value.backward()
+    return value, input.grad
+
+
+@pytest.mark.parametrize("how", ["grad", "vmap", "jvp", "dual", "compile"])
+def test_transforms_equal_stock(how):
+    case = Case()
+    results = [
+        transformed(
+            function, {n: t.double() if double else t for n, t in case.values.items()}, case.by, how
+        )
+        for function, double in ((ops.conv_bn_relu, False), (conv_bn_relu, False), (conv_bn_relu, True))
+    ]
+    for tensors in zip(*results, strict=True):
+        assert_accurate(how, *tensors)
+
+
+def test_a_tangent_elsewhere_does_not_keep_the_node_away():
+    case = Case()
+    with forward_ad.dual_level():
+        assert is_node(ops.conv_bn_relu(**case.leaves(), **case.by))
