@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastres import _C, models, sites
+from fastres.files import replaced
+from fastres.progress import shown
 from fastres.timing import Machine, Seconds, Spread, interleave, ratios
 
 _STOCK_VARIANTS = ("eager", "compile")
@@ -85,7 +87,7 @@ def _measure(arguments: argparse.Namespace) -> dict:
     variants = {name: Variant(name, arguments) for name in ("fused", *against)}
     rounds = arguments.repeat
     profiled = 2 if arguments.breakdown else 0
-    with _shown_progress(len(variants) * (_WARM_UP + rounds + profiled)) as advance:
+    with shown("steps", len(variants) * (_WARM_UP + rounds + profiled)) as advance:
         for variant in variants.values():
             variant.warm_up(advance)
         seconds = interleave({n: v.step for n, v in variants.items()}, rounds, device, advance)
@@ -322,26 +324,6 @@ def _part(event) -> str:
 # showing and writing
 
 
-@contextlib.contextmanager
-def _shown_progress(steps: int) -> Iterator[Callable[[], object]]:
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("steps"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("bench", total=steps)
-        yield lambda: bar.advance(task)
-
-
 def _print(result: dict) -> None:
     settings = result["settings"]
     print(
@@ -390,16 +372,9 @@ def _print_shares(title: str, values: dict[str, float]) -> None:
 
 
 def _write(result: dict, path: Path) -> None:
-    """So that a crash at any moment leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "w") as file:
+        with replaced(path) as file:
             json.dump(result, file, indent=1)
             file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
         raise BenchError(f"--json {path}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ since the last call is called as it is, in the order in which stock PyTorch woul
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastres import ops
 from fastres.recompute import call_without_keeping
 
-__all__ = ["Reason", "Record", "add_act", "bn_act", "conv_bn_act", "record", "stock", "why_not"]
+__all__ = ["Reason", "Record", "add_act", "bn_act", "conv_bn_act", "listen", "record", "stock", "why_not"]
 
 _CONV = (nn.Conv2d,)
 _BN_AFTER_CONV = (nn.BatchNorm2d,)
@@ -47,18 +47,26 @@ class Record(NamedTuple):
     reason: Reason | None
 
 
-_records: list[Record] | None = None
+_listener: Callable[[Record], object] | None = None
+
+
+@contextmanager
+def listen(listener: Callable[[Record], object]) -> Iterator[None]:
+    """Have `listener` called as each site begins, in this context."""
+    global _listener
+    outer, _listener = _listener, listener
+    try:
+        yield
+    finally:
+        _listener = outer
 
 
 @contextmanager
 def record() -> Iterator[list[Record]]:
     """Collect a Record of every site that is called in this context."""
-    global _records
-    outer, _records = _records, []
-    try:
-        yield _records
-    finally:
-        _records = outer
+    records: list[Record] = []
+    with listen(records.append):
+        yield records
 
 
 _stock = False
@@ -171,8 +179,8 @@ def conv_bn_act(
         or _why_not_channels(conv, input)
         or _why_no_site()
     )
-    if _records is not None:
-        _append_record("conv_bn", (conv, bn, act), residual, relu, reason)
+    if _listener is not None:
+        _tell("conv_bn", (conv, bn, act), residual, relu, reason)
     if reason is not None:
         return _activate(act, _add(bn(conv(input)), residual), relu)
     running_mean, running_var, training, momentum = _statistics(bn)
@@ -215,8 +223,8 @@ def bn_act(
         or _why_not_input(bn, input, _INPUT_DIMS[type(bn)])
         or _why_no_site()
     )
-    if _records is not None:
-        _append_record("bn", (bn, act), residual, relu, reason)
+    if _listener is not None:
+        _tell("bn", (bn, act), residual, relu, reason)
     if reason is not None:
         return _activate(act, _add(bn(input), residual), relu)
     return _fused_bn_act(bn, input, residual, relu)
@@ -226,8 +234,8 @@ def own_bn_act(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None = None
     """relu(bn(input) [+ residual]) of a batch norm that is itself the site: its caller minds its hooks."""
     bn._check_input_dim(input)
     reason = _STOCK if _stock else None
-    if _records is not None:
-        _append_record("bn", (bn,), residual, True, reason)
+    if _listener is not None:
+        _tell("bn", (bn,), residual, True, reason)
     if reason is not None:
         return F.relu(_add(nn.BatchNorm2d.forward(bn, input), residual))
     return _fused_bn_act(bn, input, residual, relu=True)
@@ -246,8 +254,8 @@ def add_act(act: nn.Module | None, input: Tensor, other: Tensor) -> Tensor:
     reason = (None if act is None else _why_not(act, _ACT)) or _why_no_site()
     if reason is None and not (isinstance(input, Tensor) and isinstance(other, Tensor)):
         reason = act, "an addend is not a Tensor"
-    if _records is not None:
-        _append_record("", (act,), other, True, reason)
+    if _listener is not None:
+        _tell("", (act,), other, True, reason)
     if reason is not None:
         return _activate(act, input + other, relu=True)
     return ops.add_relu(input, other)
@@ -273,10 +281,10 @@ def _fused_bn_act(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None, re
     return ops.bn_add_relu(input, residual, *arguments)
 
 
-def _append_record(op, modules, residual, relu, reason) -> None:
+def _tell(op, modules, residual, relu, reason) -> None:
     parts = (op, "add" if residual is not None else "", "relu" if relu else "")
     present = tuple(module for module in modules if module is not None)
-    _records.append(Record(present, "_".join(filter(None, parts)), reason is None, reason))
+    _listener(Record(present, "_".join(filter(None, parts)), reason is None, reason))
 
 
 def _add(output: Tensor, residual: Tensor | None) -> Tensor:

@@ -1,6 +1,5 @@
-"""Checkpoints that are whole or absent: written beside, flushed, then renamed."""
+"""Checkpoints, and the state of all that a training run draws from."""
 
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -8,23 +7,13 @@ from typing import Any
 import numpy
 import torch
 
+from fastres.files import replaced
+
 
 def save(state: dict[str, Any], path: Path) -> None:
     """Write `state` so that a crash at any moment leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    with replaced(path, "wb") as file:
+        torch.save(state, file)
 
 
 def random_states() -> dict[str, Any]:

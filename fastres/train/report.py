@@ -1,9 +1,10 @@
 """What a run leaves to look at: metrics.csv, one row an epoch, and curves.png."""
 
 import csv
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+from fastres.files import replaced
 
 
 @dataclass
@@ -19,12 +20,10 @@ class Epoch:
 
 def write_metrics(epochs: list[Epoch], path: Path) -> None:
     """Anew each time and at once, so that a resumed run never repeats a row."""
-    temporary = path.with_name(f".{path.name}")
-    with open(temporary, "w", newline="") as file:
+    with replaced(path) as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Epoch)])
         writer.writeheader()
         writer.writerows(asdict(epoch) for epoch in epochs)
-    os.replace(temporary, path)
 
 
 def draw_curves(epochs: list[Epoch], title: str, path: Path) -> None:

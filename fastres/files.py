@@ -1,0 +1,33 @@
+"""Files that are whole or absent: written beside, flushed, then renamed."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+@contextmanager
+def replaced(path: Path, mode: str = "w") -> Iterator[IO]:
+    """A file to write in place of `path`, so that a crash at any moment leaves the old one or the new one.
+
+    Args:
+        mode: "w" or "wb".
+
+    Raises:
+        OSError: it cannot be written; what was there before still is.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
