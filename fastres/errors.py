@@ -1,0 +1,16 @@
+"""What the commands' sentences about mistakes have in common."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message, or its type where it has none: PyTorch's go on with notes for developers."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def did_you_mean(name: str, names: Iterable[str], otherwise: str) -> str:
+    """The name that `name` is most like, case ignored; `otherwise` where it is like none."""
+    by_lower_case = {known.lower(): known for known in names}
+    near = get_close_matches(name.lower(), by_lower_case, n=1)
+    return f"did you mean {by_lower_case[near[0]]}?" if near else otherwise
