@@ -1,17 +1,14 @@
 """`fastres explain`: the table of fastres.explain for a model by name."""
 
 import argparse
-import importlib.util
 import sys
-from importlib import import_module
-from pathlib import Path
 
 import torch
-from torch import nn
 
-from fastres import models
-from fastres.explain import explain
+from fastres.errors import first_line
+from fastres.explain import Explanation, explain
 from fastres.fuse import fuse
+from fastres.models import by_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,36 +16,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--model",
         default="resnet50",
-        help="one of fastres.models; or package.module:function or path.py:function, whose model is fused "
-        "first (default: %(default)s)",
+        help="one of fastres.models; or torchvision:NAME, timm:NAME, transformers:resnet-18, 26, 34, 50, "
+        "101 or 152, package.module:function or path.py:function, whose model is fused first "
+        "(default: %(default)s)",
     )
-    add("--batch", type=int, default=2, help="(default: %(default)s)")
-    add("--image-size", type=int, default=64, help="(default: %(default)s)")
+    add("--batch", type=int, default=2, help="images that the model is run on (default: %(default)s)")
+    add("--image-size", type=int, default=64, help="side of the images, pixels (default: %(default)s)")
     add("--channels", type=int, default=3, help="of the images (default: %(default)s)")
     add("--mode", choices=["train", "infer"], default="train", help="(default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     try:
-        model = _build(arguments.model)
-    except (ValueError, ImportError, AttributeError, OSError) as error:
-        print(f"fastres explain: --model {arguments.model}: {error}", file=sys.stderr)
+        print(_explanation(arguments))
+    except ValueError as error:
+        print(f"fastres explain: {error}", file=sys.stderr)
         return 2
-    model.train(arguments.mode == "train")
-    size = arguments.image_size
-    with torch.set_grad_enabled(arguments.mode == "train"):
-        print(explain(model, torch.randn(arguments.batch, arguments.channels, size, size)))
     return 0
 
 
-def _build(name: str) -> nn.Module:
-    place, _, function = name.rpartition(":")
-    if not place:
-        return models.get_model(name)
-    if place.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        module = import_module(place)
-    return fuse(getattr(module, function)(), inplace=True)
+def _explanation(arguments: argparse.Namespace) -> Explanation:
+    for name in ("batch", "image_size", "channels"):
+        value = getattr(arguments, name)
+        if value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+    try:
+        model = by_name.build(arguments.model)
+    except ValueError as error:
+        raise ValueError(f"--model {arguments.model}: {error}") from error
+    if ":" in arguments.model:
+        model = fuse(model, inplace=True)
+    training, size = arguments.mode == "train", arguments.image_size
+    with torch.set_grad_enabled(training):
+        try:
+            images = torch.randn(arguments.batch, arguments.channels, size, size)
+            return explain(model.train(training), images)
+        # AssertionError: timm's, of an image size that it was not made for
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            message = f"{arguments.model} cannot run these settings: {first_line(error)}"
+            raise ValueError(message) from error
