@@ -65,12 +65,17 @@ def _sections() -> Iterator[int]:
     build = extension.build_info()
     _line("fastres", build["version"])
     _line("extension", f"{extension.__file__}, built by {build['compiler']} with torch {build['torch']}")
-    available = ", ".join(extension.cpu_isas())
-    _line("CPU kernels", f"{extension.cpu_isa()}, of {available} that this CPU runs")
+    devices = []
+    try:
+        isa = extension.cpu_isa()
+    except ValueError as error:
+        yield _failed("CPU kernels", str(error), "Unset FASTRES_CPU_ISA, or set it to one of these.")
+    else:
+        _line("CPU kernels", f"{isa}, of {', '.join(extension.cpu_isas())} that this CPU runs")
+        devices.append("cpu")
     _line("CUDA kernels", _cuda_kernels(build))
     _line("CUDA device", _cuda_device())
     yield _registered(len(extension.kernels()))
-    devices = ["cpu"]
     if torch.cuda.is_available() and build["cuda"]:
         devices.append("cuda")
     for device in devices:

@@ -1,5 +1,7 @@
 """`fastres doctor`: well where all is well, and not where something is broken on purpose."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -88,6 +90,15 @@ def test_a_missing_op_is_a_problem(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "_KERNELS", (*doctor._KERNELS, "gone_forward"))
     status, printed = run(capsys)
     assert status == 1 and "not registered: gone_forward" in printed
+
+
+def test_an_instruction_set_that_cannot_be_forced_is_a_problem():
+    command = [sys.executable, "-m", "fastres", "doctor"]
+    env = os.environ | {"FASTRES_CPU_ISA": "sse9"}
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.returncode == 1 and not run.stderr
+    assert "CPU kernels   FAILED  FASTRES_CPU_ISA: 'sse9' cannot run on this machine" in run.stdout
+    assert "Unset FASTRES_CPU_ISA" in run.stdout and "1 problem, see FAILED above." in run.stdout
 
 
 def test_an_extension_that_cannot_be_imported_is_told_about(capsys, monkeypatch):
