@@ -1,6 +1,7 @@
 """The `fastres` command. Each subcommand is imported only when it is asked for."""
 
 import argparse
+import os
 import sys
 from importlib import import_module
 
@@ -14,6 +15,17 @@ _COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
+    try:
+        try:
+            return _main(argv)
+        finally:
+            sys.stdout.flush()  # here and not at exit, where a closed pipe could no longer be dealt with
+    except BrokenPipeError:  # such as `fastres doctor | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 1
+
+
+def _main(argv: list[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     chosen = next((word for word in argv if not word.startswith("-")), None)
     parser = argparse.ArgumentParser(prog="fastres", description="ResNets with fused layers for PyTorch.")

@@ -1,5 +1,6 @@
 """The command line: help without heavy imports, versions, unknown words."""
 
+import os
 import subprocess
 import sys
 
@@ -41,6 +42,17 @@ def test_module_runs_as_a_command():
 def test_explain_prints_each_block(capsys):
     assert cli.main("explain --model cifar_resnet20 --image-size 16".split()) == 0
     assert "layer3.2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", ["--version", "explain --model cifar_resnet20 --image-size 16"])
+def test_a_reader_that_went_away(arguments, unbuffered):
+    command = [sys.executable, "-m", "fastres", *arguments.split()]
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    run = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run.stdout.close()
+    assert run.stderr.read() == ""
+    assert run.wait() == 1
 
 
 def test_import_loads_nothing_heavy():
