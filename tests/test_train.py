@@ -1,6 +1,7 @@
 """The training program: data, resuming to the bit, atomic checkpoints, the files it leaves, its errors."""
 
 import csv
+import errno
 import os
 import signal
 import subprocess
@@ -252,6 +253,59 @@ def test_out_that_is_a_file_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert cli.main(f"train --out {tmp_path}/file/run".split()) == 2
     assert "is a file, not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["/proc/fastres/run", "/dev/null/run", "x" * 300])
+def test_out_that_cannot_be_written_is_refused_before_training(out, capsys):
+    assert cli.main(["train", "--out", out]) == 2
+    printed = capsys.readouterr()
+    assert f"--out {out}: " in printed.err and len(printed.err.splitlines()) == 1
+    assert not printed.out
+
+
+def test_out_is_seen_to_take_files_before_a_resumed_training(few, tmp_path, monkeypatch):
+    loop.Run(loop.Settings(**SETTINGS | dict(epochs=1)), few, tmp_path).train()
+
+    def full(**_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(loop.tempfile, "TemporaryFile", full)
+    run = loop.Run(loop.Settings(**SETTINGS | dict(epochs=1)), few, tmp_path)
+    run.resume()
+    with pytest.raises(loop.FolderError, match="cannot write there: No space left on device; once it can"):
+        run.open_folder()
+
+
+@pytest.mark.parametrize("writer", ["checkpoint.save", "report.write_metrics", "report.draw_curves"])
+def test_a_disk_that_fills_up_while_training(writer, tmp_path, capsys, monkeypatch):
+    module, name = writer.split(".")
+    write, calls = getattr(getattr(loop, module), name), []
+
+    def fill_up(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*arguments)
+
+    monkeypatch.setattr(getattr(loop, module), name, fill_up)
+    assert cli.main(f"train --epochs 3 --batch-size 512 --out {tmp_path}".split()) == 2
+    error = capsys.readouterr().err
+    assert f"--out {tmp_path}: cannot write there: No space left on device" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_full_disk_is_an_os_error_whatever_the_archive_says(tmp_path):
+    code = (
+        "import resource, signal, sys, torch\n"
+        "from pathlib import Path; from fastres.train import checkpoint\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try: checkpoint.save({'a': torch.ones(1_000_000)}, Path(sys.argv[1]) / 'checkpoint.pt')\n"
+        "except OSError as error: print(error.strerror)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
+    assert run.stdout.strip() == "File too large", run.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_checkpoint_of_another_run_is_refused(few, tmp_path):

@@ -13,7 +13,12 @@ from fastres.files import replaced
 def save(state: dict[str, Any], path: Path) -> None:
     """Write `state` so that a crash at any moment leaves the old file or the new one."""
     with replaced(path, "wb") as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # of its archive, which a write that failed left unfinished
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 def random_states() -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 
 from fastres import models
 from fastres.train.data import DataError, digits, image_folder
-from fastres.train.loop import Progress, ResumeError, Run, Settings
+from fastres.train.loop import FolderError, Progress, ResumeError, Run, Settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         training = Run(settings, data, arguments.out)
         if arguments.resume:
             training.resume()
+        training.open_folder()
         layers = "fused" if settings.fused else "stock"
         print(
             f"{settings.arch} ({layers}, {settings.dtype}, {settings.device}) on {data.description}: "
@@ -59,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         with _shown_progress(settings.epochs) as progress:
             training.train(progress)
         accuracy = training.evaluate()
-    except (DataError, ResumeError) as error:
+    except (DataError, ResumeError, FolderError) as error:
         print(f"fastres train: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -87,7 +88,10 @@ def _settings(arguments: argparse.Namespace) -> Settings:
             f"--arch {arguments.arch} takes images of three channels: give --data, a folder of images"
         )
     _check_device(arguments.device)
-    existing = next(path for path in (arguments.out, *arguments.out.parents) if path.exists())
+    try:
+        existing = next(path for path in (arguments.out, *arguments.out.parents) if path.exists())
+    except OSError as error:
+        raise DataError(f"--out {arguments.out}: {error.strerror}") from error
     if not existing.is_dir():
         raise DataError(f"--out {arguments.out}: {existing} is a file, not a folder")
     names = ("arch", "epochs", "batch_size", "lr", "dtype", "seed", "fused", "device", "workers")

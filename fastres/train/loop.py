@@ -3,6 +3,7 @@
 import contextlib
 import math
 import random
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,6 +22,10 @@ from fastres.train.data import Data, batches_of, shifted
 
 class ResumeError(ValueError):
     """A checkpoint does not belong to this run; the message says why."""
+
+
+class FolderError(Exception):
+    """The run's folder cannot be written to; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -109,17 +114,43 @@ class Run:
         self.epochs = [report.Epoch(**epoch) for epoch in state["epochs"]]
         checkpoint.restore_random_states(state["random"])
 
+    def open_folder(self) -> None:
+        """Make the folder, and see that files can be written there.
+
+        Raises:
+            FolderError: they cannot.
+        """
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+
     def train(self, progress: Progress | None = None) -> None:
-        """Train the epochs that are left, leaving a checkpoint, metrics.csv and curves.png after each."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Train the epochs that are left, leaving a checkpoint, metrics.csv and curves.png after each.
+
+        Raises:
+            FolderError: they cannot be written.
+        """
+        self.open_folder()
         if not self.epochs:  # so that a run that is interrupted in its first epoch can be resumed as well
-            self._save_checkpoint()
+            with self._writing():
+                self._save_checkpoint()
         for epoch in range(len(self.epochs), self.settings.epochs):
             self.epochs.append(self._train_epoch(epoch, progress))
-            self._save_checkpoint()
-            report.write_metrics(self.epochs, self.folder / "metrics.csv")
-            title = f"{self.settings.arch} on {self.data.description}"
-            report.draw_curves(self.epochs, title, self.folder / "curves.png")
+            with self._writing():
+                self._save_checkpoint()
+                report.write_metrics(self.epochs, self.folder / "metrics.csv")
+                title = f"{self.settings.arch} on {self.data.description}"
+                report.draw_curves(self.epochs, title, self.folder / "curves.png")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            hint = "; once it can, --resume goes on from the last checkpoint" if self.epochs else ""
+            raise FolderError(f"--out {self.folder}: cannot write there: {reason}{hint}") from error
 
     def _save_checkpoint(self) -> None:
         state = {
