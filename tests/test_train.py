@@ -189,7 +189,14 @@ BAD = {
     "--epochs 0": "--epochs 0: expected 1 or more",
     "--batch-size 1": "--batch-size 1: expected 2 or more",
     "--lr nan": "--lr nan: expected a number above 0",
-    "--device tpu9": "--device tpu9 cannot be used: ",
+    "--arch RESNET5O": "there is no such model; did you mean resnet50?",
+    "--device tpu9": "--device tpu9: expected cpu or cuda",
+    "--device meta": "--device meta: expected cpu or cuda",
+    "--device cuda:x": "--device cuda:x cannot be used: ",
+    "--seed -1": "--seed -1: expected 0 to 2**32-1",
+    "--seed 4294967296": "--seed 4294967296: expected 0 to 2**32-1",
+    "--image-size 32": "--image-size is of the images of --data: give --data as well",
+    "--data=": "--data '': expected a folder",
     "--resume": "there is no",
 }
 
@@ -247,6 +254,38 @@ def test_other_files_of_torch_save_are_no_checkpoint(content, few, tmp_path):
     run = loop.Run(loop.Settings(**SETTINGS), few, tmp_path)
     with pytest.raises(loop.ResumeError, match="is no checkpoint of fastres train"):
         run.resume()
+
+
+def test_out_that_is_empty_is_refused(capsys):
+    assert cli.main(["train", "--out", ""]) == 2
+    assert capsys.readouterr().err == "fastres train: --out '': expected a folder\n"
+
+
+def test_the_largest_seed_is_taken(few, tmp_path):
+    loop.Run(loop.Settings(**SETTINGS, seed=2**32 - 1), few, tmp_path)
+
+
+def test_options_of_a_number_say_what_it_is(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for option in ("--epochs EPOCHS", "--batch-size BATCH_SIZE", "--seed SEED"):
+        assert f"{option} " in text and f"{option} (default" not in text
+
+
+def test_one_is_not_counted_in_the_plural(folder_of_images, tmp_path, capsys):
+    def refusal():
+        assert cli.main(f"train --data {folder_of_images} --out {tmp_path}/run".split()) == 2
+        return capsys.readouterr().err
+
+    for path in list((folder_of_images / "cat").iterdir())[1:]:
+        path.unlink()
+    assert "cat has 1 image, expected at least two" in refusal()
+    for path in (folder_of_images / "cat").iterdir():
+        path.unlink()
+    assert "cat has no images, expected at least two" in refusal()
+    (folder_of_images / "cat").rmdir()
+    assert f"{folder_of_images} has 1 folder, expected at least two, one a class" in refusal()
 
 
 def test_out_that_is_a_file_is_refused(tmp_path, capsys):

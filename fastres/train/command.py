@@ -5,12 +5,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
 
 from fastres import models
+from fastres.errors import did_you_mean, first_line
 from fastres.train.data import DataError, digits, image_folder
 from fastres.train.loop import FolderError, Progress, ResumeError, Run, Settings
 
@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--arch", default="cifar_resnet20", help="one of fastres.models (default: %(default)s)")
     add("--data", help="a folder with a folder of images for each class (default: scikit-learn's digits)")
-    add("--epochs", type=int, default=30, help="(default: %(default)s)")
-    add("--batch-size", type=int, default=64, help="(default: %(default)s)")
+    add("--epochs", type=int, default=30, help="times each image is trained on (default: %(default)s)")
+    add("--batch-size", type=int, default=64, help="images a step (default: %(default)s)")
     add("--lr", type=float, default=0.1, help="peak learning rate (default: %(default)s)")
     add("--image-size", type=int, help="side of the images of --data (default: 32 for cifar_*, else 224)")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast (default: %(default)s)")
@@ -29,9 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="(default here: %(default)s)",
     )
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the first weights, the order of the images and their augmentation (default: %(default)s)",
+    )
     add("--workers", type=int, default=0, help="processes that read images (default: %(default)s)")
-    add("--out", type=Path, default=Path("runs/train"), help="folder of the results (default: %(default)s)")
+    add("--out", default="runs/train", help="folder of the results (default: %(default)s)")
     add("--resume", action="store_true", help="continue the run in --out")
     layers = parser.add_mutually_exclusive_group()
     layers.add_argument(
@@ -48,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.data is None
             else image_folder(Path(arguments.data), _image_size(arguments))
         )
-        training = Run(settings, data, arguments.out)
+        training = Run(settings, data, Path(arguments.out))
         if arguments.resume:
             training.resume()
         training.open_folder()
@@ -73,14 +78,21 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _settings(arguments: argparse.Namespace) -> Settings:
     if arguments.arch not in models.list_models():
-        near = get_close_matches(arguments.arch, models.list_models(), n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(models.list_models())}"
-        raise DataError(f"--arch {arguments.arch}: there is no such model{hint}")
+        names = models.list_models()
+        hint = did_you_mean(arguments.arch, names, otherwise=f"there are {', '.join(names)}")
+        raise DataError(f"--arch {arguments.arch}: there is no such model; {hint}")
     for name, least in (("epochs", 1), ("batch_size", 2), ("image_size", 32), ("workers", 0)):
         value = getattr(arguments, name)
         if value is not None and value < least:
             option = "--" + name.replace("_", "-")
             raise DataError(f"{option} {value}: expected {least} or more")
+    if not 0 <= arguments.seed < 2**32:
+        raise DataError(f"--seed {arguments.seed}: expected 0 to 2**32-1")
+    for name in ("data", "out"):
+        if getattr(arguments, name) == "":
+            raise DataError(f"--{name} '': expected a folder")
+    if arguments.image_size is not None and arguments.data is None:
+        raise DataError("--image-size is of the images of --data: give --data as well")
     if not 0 < arguments.lr < float("inf"):
         raise DataError(f"--lr {arguments.lr}: expected a number above 0")
     if arguments.arch.startswith("cifar_") is False and arguments.data is None:
@@ -88,8 +100,9 @@ def _settings(arguments: argparse.Namespace) -> Settings:
             f"--arch {arguments.arch} takes images of three channels: give --data, a folder of images"
         )
     _check_device(arguments.device)
+    folder = Path(arguments.out)
     try:
-        existing = next(path for path in (arguments.out, *arguments.out.parents) if path.exists())
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
     except OSError as error:
         raise DataError(f"--out {arguments.out}: {error.strerror}") from error
     if not existing.is_dir():
@@ -103,11 +116,12 @@ def _image_size(arguments: argparse.Namespace) -> int:
 
 
 def _check_device(name: str) -> None:
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise DataError(f"--device {name}: expected cpu or cuda")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"--device {name} cannot be used: {reason}") from error
+        raise DataError(f"--device {name} cannot be used: {first_line(error)}") from error
 
 
 @contextmanager

@@ -183,14 +183,18 @@ def _leave_signals_to_the_parent(worker: int) -> None:
 def _files(root: Path) -> tuple[list[tuple[Path, int]], list[str]]:
     classes = sorted(path.name for path in root.iterdir() if path.is_dir())
     if len(classes) < 2:
-        raise DataError(f"{root} has {len(classes)} folders, expected at least two, one a class")
+        raise DataError(f"{root} has {_count(len(classes), 'folder')}, expected at least two, one a class")
     files = []
     for label, name in enumerate(classes):
         members = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in _SUFFIXES)
         if len(members) < 2:
-            raise DataError(f"{root / name} has {len(members)} images, expected at least two")
+            raise DataError(f"{root / name} has {_count(len(members), 'image')}, expected at least two")
         files += [(path, label) for path in members]
     return files, classes
+
+
+def _count(number: int, noun: str) -> str:
+    return f"1 {noun}" if number == 1 else f"{number or 'no'} {noun}s"
 
 
 def shifted(images: Tensor, generator: torch.Generator, pixels: int = 2) -> Tensor:
