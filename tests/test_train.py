@@ -3,6 +3,7 @@
 import csv
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -123,6 +124,13 @@ def test_files_of_a_run(few, tmp_path):
         "curves.png",
         "metrics.csv",
     ]
+
+
+def test_the_loss_that_is_shown_is_the_epochs_mean(tmp_path, capsys):
+    assert cli.main(f"train --epochs 2 --batch-size 512 --out {tmp_path}".split()) == 0
+    shown = re.findall(r"loss (\S+)", capsys.readouterr().out)
+    rows = csv.DictReader(open(tmp_path / "metrics.csv"))
+    assert shown == [f"{float(row['loss']):.4f}" for row in rows]
 
 
 def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):

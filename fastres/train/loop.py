@@ -53,7 +53,7 @@ class Settings:
     weight_decay: float = 5e-4
 
 
-# Called after each batch: epoch, images done in it, images in it, loss, images a second.
+# Called after each batch: epoch, images done in it, images in it, their mean loss so far, images a second.
 Progress = Callable[[int, int, int, float, float], None]
 
 # What may differ between a run and its continuation.
@@ -181,7 +181,7 @@ class Run:
             loss_sum += loss.detach() * len(labels)
             correct += (output.detach().argmax(1) == labels).sum()
             if progress is not None:
-                progress(epoch, done, total, loss.item(), done / (time.perf_counter() - started))
+                progress(epoch, done, total, loss_sum.item() / done, done / (time.perf_counter() - started))
         rate = done / (time.perf_counter() - started)
         return report.Epoch(epoch + 1, lr, loss_sum.item() / done, correct.item() / done, rate)
 
