@@ -1,6 +1,7 @@
 """The training program: data, resuming to the bit, atomic checkpoints, the files it leaves, its errors."""
 
 import csv
+import dataclasses
 import errno
 import os
 import re
@@ -131,6 +132,33 @@ def test_the_loss_that_is_shown_is_the_epochs_mean(tmp_path, capsys):
     shown = re.findall(r"loss (\S+)", capsys.readouterr().out)
     rows = csv.DictReader(open(tmp_path / "metrics.csv"))
     assert shown == [f"{float(row['loss']):.4f}" for row in rows]
+
+
+def test_a_training_that_diverges_ends_there(tmp_path, capsys):
+    assert cli.main(f"train --epochs 3 --batch-size 512 --lr 1e30 --out {tmp_path}".split()) == 1
+    printed = capsys.readouterr()
+    assert re.fullmatch(
+        r"fastres train: the loss of epoch 1 is (nan|inf), so the training has diverged; "
+        r"start it anew with a lower --lr than 1e\+30\n",
+        printed.err,
+    )
+    assert "epoch 2/3" not in printed.out and "held-out" not in printed.out
+
+
+@pytest.mark.parametrize("loss", ["nan", "inf"])
+def test_what_a_diverged_epoch_computed_is_not_kept(loss, few, tmp_path, monkeypatch):
+    run = loop.Run(loop.Settings(**SETTINGS), few, tmp_path)
+    train_epoch = run._train_epoch
+
+    def diverge(epoch, progress):
+        trained = train_epoch(epoch, progress)
+        return trained if epoch == 0 else dataclasses.replace(trained, loss=float(loss))
+
+    monkeypatch.setattr(run, "_train_epoch", diverge)
+    with pytest.raises(loop.DivergedError, match=f"the loss of epoch 2 is {loss}"):
+        run.train()
+    assert len(torch.load(tmp_path / "checkpoint.pt")["epochs"]) == 1
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 2
 
 
 def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import torch
 from fastres import models
 from fastres.errors import did_you_mean, first_line
 from fastres.train.data import DataError, digits, image_folder
-from fastres.train.loop import FolderError, Progress, ResumeError, Run, Settings
+from fastres.train.loop import DivergedError, FolderError, Progress, ResumeError, Run, Settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
     except (DataError, ResumeError, FolderError) as error:
         print(f"fastres train: {error}", file=sys.stderr)
         return 2
+    except DivergedError as error:
+        print(f"fastres train: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"\nfastres train: interrupted; --resume --out {arguments.out} goes on", file=sys.stderr)
         return 130

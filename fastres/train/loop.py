@@ -28,6 +28,10 @@ class FolderError(Exception):
     """The run's folder cannot be written to; the message says why."""
 
 
+class DivergedError(Exception):
+    """The loss is no longer a finite number; the message says what to do."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a run computes; two runs of equal settings, data and machine give equal weights.
@@ -130,13 +134,20 @@ class Run:
 
         Raises:
             FolderError: they cannot be written.
+            DivergedError: an epoch's loss is nan or infinite; what is left is of the epoch before it.
         """
         self.open_folder()
         if not self.epochs:  # so that a run that is interrupted in its first epoch can be resumed as well
             with self._writing():
                 self._save_checkpoint()
         for epoch in range(len(self.epochs), self.settings.epochs):
-            self.epochs.append(self._train_epoch(epoch, progress))
+            trained = self._train_epoch(epoch, progress)
+            if not math.isfinite(trained.loss):
+                raise DivergedError(
+                    f"the loss of epoch {trained.epoch} is {trained.loss}, so the training has diverged; "
+                    f"start it anew with a lower --lr than {self.settings.lr:g}"
+                )
+            self.epochs.append(trained)
             with self._writing():
                 self._save_checkpoint()
                 report.write_metrics(self.epochs, self.folder / "metrics.csv")
