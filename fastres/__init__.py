@@ -19,4 +19,11 @@ else:
     from fastres.fuse import fuse, unfuse
 
     __version__ = _C.build_info()["version"]
-    __all__ = ["explain", "fuse", "models", "nn", "ops", "unfuse"]
+    __all__ = ["explain", "fuse", "models", "nn", "ops", "profile", "unfuse"]  # noqa: F822
+
+    def __getattr__(name: str):
+        if name == "profile":  # imported where it is used
+            from fastres.profiler import profile
+
+            return profile
+        raise AttributeError(f"module 'fastres' has no attribute {name!r}")

@@ -9,6 +9,7 @@ from importlib import import_module
 _COMMANDS = {
     "train": ("fastres.train.command", "train a residual network to a held-out accuracy"),
     "bench": ("fastres.bench", "time fused against stock layers, interleaved"),
+    "profile": ("fastres.profiler.command", "time a model block by block, fused beside stock layers"),
     "explain": ("fastres.explain_command", "list what runs fused in a model, what does not, and why"),
     "doctor": ("fastres.doctor", "check this installation, each op against float64"),
 }

@@ -17,7 +17,7 @@ def test_version(capsys):
 
 def test_nothing_asked_prints_help(capsys):
     assert cli.main([]) == 2
-    assert {"train", "bench", "explain", "doctor"} <= set(capsys.readouterr().out.split())
+    assert {"train", "bench", "profile", "explain", "doctor"} <= set(capsys.readouterr().out.split())
 
 
 def test_unknown_command(capsys):
@@ -27,7 +27,7 @@ def test_unknown_command(capsys):
     assert "invalid choice: 'fly'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "bench", "explain", "doctor"])
+@pytest.mark.parametrize("command", ["train", "bench", "profile", "explain", "doctor"])
 def test_each_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main([command, "--help"])

@@ -1,0 +1,87 @@
+"""`fastres profile`: the table of fastres.profile for a model by name."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from fastres.models import by_name
+from fastres.profiler.measure import ProfileError, profile, steps
+from fastres.profiler.result import Profile
+from fastres.progress import shown
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--model",
+        default="resnet50",
+        help="one of fastres.models; or torchvision:NAME, timm:NAME, transformers:resnet-18, 26, 34, 50, "
+        "101 or 152, package.module:function or path.py:function (default: %(default)s)",
+    )
+    add("--batch", type=int, default=16, help="images a step (default: %(default)s)")
+    add("--image-size", type=int, default=224, help="side of the images, pixels (default: %(default)s)")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast (default: %(default)s)")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="(default: %(default)s)")
+    add("--mode", choices=["train", "infer"], default="train", help="(default: %(default)s)")
+    add("--against", default="stock", help="stock or stock,compile (default: %(default)s)")
+    add("--repeat", type=int, default=5, help="rounds (default: %(default)s)")
+    add("--threads", type=int, help="threads of PyTorch's CPU ops (default here: PyTorch's own choice)")
+    add("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    add("--trace", type=Path, metavar="FILE", help="write a trace for Perfetto or chrome://tracing")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    threads = torch.get_num_threads()
+    try:
+        result = _measure(arguments)
+        result.show()
+        if arguments.json is not None:
+            result.to_json(arguments.json)
+    except (ValueError, OSError) as error:
+        print(f"fastres profile: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nfastres profile: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    finally:
+        torch.set_num_threads(threads)
+    return 0
+
+
+def _measure(arguments: argparse.Namespace) -> Profile:
+    for name in ("batch", "image_size", "repeat", "threads"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ProfileError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+    for option in ("json", "trace"):
+        path = getattr(arguments, option)
+        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+            raise ProfileError(f"--{option} {path}: cannot write there")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ProfileError("--device cuda: PyTorch finds no CUDA device here; `fastres doctor` tells more")
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    try:
+        model = by_name.build(arguments.model)
+    except ValueError as error:
+        raise ProfileError(f"--model {arguments.model}: {error}") from error
+    size, layout = arguments.image_size, {"memory_format": torch.channels_last}
+    images = torch.randn(arguments.batch, 3, size, size).to(arguments.device, **layout)
+    against = tuple(filter(None, arguments.against.split(",")))
+    rounds = steps(against, arguments.repeat)
+    with shown("profile", rounds) as advance:
+        return profile(
+            model.to(arguments.device, **layout),
+            images,
+            mode=arguments.mode,
+            dtype=arguments.dtype,
+            against=against,
+            repeat=arguments.repeat,
+            name=arguments.model,
+            trace_path=arguments.trace,
+            advance=advance,
+        )

@@ -1,0 +1,141 @@
+"""A profile: what was measured, what follows from it, and its JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from fastres.files import replaced
+from fastres.profiler.limits import Limits
+from fastres.timing import Machine, Spread, ratios
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One op of a profile.
+
+    Attributes:
+        block, name: where it is.
+        data: its part of the JSON.
+    """
+
+    block: str
+    name: str
+    data: dict
+
+    @property
+    def directions(self) -> list[str]:
+        return list(self.data["flops"])
+
+    def by_round(self, variant: str, *directions: str) -> list[float]:
+        """Seconds of each round, of all directions or of those given."""
+        seconds = self.data["seconds"][variant]
+        return [sum(times) for times in zip(*(seconds[d] for d in directions or seconds), strict=True)]
+
+    def seconds(self, variant: str, *directions: str) -> float:
+        return median(self.by_round(variant, *directions))
+
+    @property
+    def bound(self) -> float:
+        """Seconds that the machine's limits allow."""
+        return sum(self.data["bound"].values())
+
+    @property
+    def lost(self) -> float:
+        """Seconds above the bound, of the fused variant."""
+        return max(self.seconds("fused") - self.bound, 0.0)
+
+
+class Profile:
+    """What :func:`fastres.profile` measured. Its str is a summary; `show()` prints a table.
+
+    Args:
+        data: the content of the JSON file, see README.
+    """
+
+    def __init__(self, data: dict) -> None:
+        self.data = data
+
+    @classmethod
+    def read(cls, path: str | Path) -> Profile:
+        """A profile that was written by `to_json`.
+
+        Raises:
+            ValueError: it is none.
+            OSError: it cannot be read.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+            version = data["fastres_profile"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+            raise ValueError(f"{path}: is no profile that `fastres profile --json` wrote") from None
+        if version != VERSION:
+            raise ValueError(f"{path}: is of version {version} of the profiles, expected {VERSION}")
+        return cls(data)
+
+    @property
+    def rows(self) -> list[Row]:
+        """All ops, in the order of the forward."""
+        return [Row(block["name"], op["name"], op) for block in self.data["blocks"] for op in block["ops"]]
+
+    @property
+    def variants(self) -> list[str]:
+        """Those that were timed op by op: fused and stock."""
+        return list(self.data["profiled_step"])
+
+    @property
+    def limits(self) -> Limits:
+        return Limits.of(self.data["limits"])
+
+    @property
+    def machine(self) -> Machine:
+        return Machine(**self.data["machine"])
+
+    def speedup(self, against: str = "stock") -> Spread:
+        """Of the whole step, timed outside the profiler: `against`'s time / fused's, round by round."""
+        return Spread.of(ratios(self.data["whole_step"], against, "fused"))
+
+    def agreement(self, variant: str) -> float:
+        """The sum over all parts / the whole step's time outside the profiler."""
+        return Spread.of(
+            [
+                a / b
+                for a, b in zip(
+                    self.data["profiled_step"][variant], self.data["whole_step"][variant], strict=True
+                )
+            ]
+        ).median
+
+    def saved_bytes(self, variant: str) -> int:
+        """Kept for the backward pass."""
+        return sum(row.data.get("saved_bytes", {}).get(variant, 0) for row in self.rows)
+
+    def __str__(self) -> str:
+        settings = self.data["settings"]
+        shape = "x".join(map(str, settings["input"]))
+        title = (
+            f"{settings['model']}, {settings['mode']}, {shape}, {settings['dtype']}, {settings['device']}"
+        )
+        return "\n".join([title, str(self.machine), *self.data["advice"]])
+
+    __repr__ = __str__
+
+    def show(self, file=None) -> None:
+        """Print the table of blocks and ops, those first that lose most against the bound."""
+        from fastres.profiler.table import show
+
+        show(self, file)
+
+    def to_json(self, path: str | Path) -> None:
+        """Write it.
+
+        Raises:
+            OSError: as of open.
+        """
+        with replaced(Path(path)) as file:
+            json.dump(self.data, file, indent=1)
+            file.write("\n")

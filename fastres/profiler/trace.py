@@ -1,0 +1,125 @@
+"""One step under torch.profiler: the kernels of each part, the memory over time, a trace to look at."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastres.profiler.walk import Part, Switch
+
+_MARK = "fastres part "
+_LEAST_SHARE = 0.05  # of a part's time that an op must take to be named
+_TRACK = 990_000  # the blocks' own line in the trace
+
+
+@dataclass
+class Trace:
+    """One step.
+
+    Attributes:
+        events: of the Chrome trace format, with a line on which the parts stand.
+        ops: names of the ops that take a part's time, the longest first, by part and direction.
+        memory: (milliseconds, bytes) from the step's begin, whenever an allocation changed them.
+        backward: milliseconds at which the backward pass began, None if there was none.
+    """
+
+    events: list[dict]
+    ops: dict[tuple[str, str], list[str]]
+    memory: list[tuple[float, int]]
+    backward: float | None
+
+
+def trace(step: Callable[[Switch], object], device: torch.device, label: Callable[[Part], str]) -> Trace:
+    """Run a step and look at it.
+
+    Args:
+        step: runs one, and calls what it gets whenever another part begins to work.
+        label: the name of a part in the trace.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it tells on stderr that it starts and stops
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    marks: list[tuple[Part, str]] = []
+
+    def switch(part: Part, direction: str) -> None:
+        with record_function(f"{_MARK}{len(marks)}"):
+            marks.append((part, direction))
+
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities, profile_memory=True) as profiler:
+        step(switch)
+        if cuda:
+            torch.cuda.synchronize(device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    return _read(events, marks, device, label)
+
+
+def _read(events, marks, device, label) -> Trace:
+    found = {e["name"]: e["ts"] for e in events if str(e.get("name", "")).startswith(_MARK)}
+    begins = [found[f"{_MARK}{index}"] for index in range(len(marks))]
+    kept = [e for e in events if not str(e.get("name", "")).startswith(_MARK)]
+    process = next((e["pid"] for e in kept if e.get("cat") == "cpu_op"), 0)
+    track = [{"ph": "M", "name": "thread_name", "pid": process, "tid": _TRACK, "args": {"name": "blocks"}}]
+    for (part, direction), begin, end in zip(marks, begins, [*begins[1:], None], strict=True):
+        if end is not None and end > begin:
+            place = {"ph": "X", "cat": "blocks", "pid": process, "tid": _TRACK, "ts": begin}
+            track.append({**place, "dur": end - begin, "name": label(part), "args": {"pass": direction}})
+    backward = next((t for t, (_, d) in zip(begins, marks, strict=True) if d == "backward"), None)
+    return Trace(
+        [*track, *kept],
+        _ops(kept, marks, begins, label),
+        _memory(kept, begins[0], begins[-1], device),
+        None if backward is None else (backward - begins[0]) / 1e3,
+    )
+
+
+def _ops(events, marks, begins, label) -> dict[tuple[str, str], list[str]]:
+    """By the outermost op that is no view and no bookkeeping: what a part is seen to call."""
+    ops = sorted(
+        (e for e in events if e.get("cat") == "cpu_op" and "::" in e["name"] and "dur" in e),
+        key=lambda e: (e["ts"], -e["dur"]),
+    )
+    times: dict[tuple[str, str], Counter] = defaultdict(Counter)
+    end, mark = 0.0, 0
+    for op in ops:
+        if op["name"].startswith("autograd::") or op["ts"] < end:
+            continue
+        while mark + 1 < len(begins) and begins[mark + 1] <= op["ts"]:
+            mark += 1
+        if op["ts"] < begins[0]:
+            continue
+        part, direction = marks[mark]
+        # A backward node's own event holds the ops that it calls.
+        end = op["ts"] + op["dur"]
+        times[label(part), direction][op["name"]] += op["dur"]
+    return {
+        place: [name for name, time in counts.most_common() if time >= _LEAST_SHARE * counts.total()]
+        for place, counts in times.items()
+    }
+
+
+def _memory(events, begin, end, device) -> list[tuple[float, int]]:
+    """Bytes above those at the step's begin."""
+    kind = 1 if device.type == "cuda" else 0  # of c10::DeviceType
+    now, points = 0, [(0.0, 0)]
+    changes = sorted(
+        (e["ts"], e["args"]["Bytes"])
+        for e in events
+        if e.get("name") == "[memory]" and e["args"].get("Device Type") == kind
+    )
+    for time, bytes in changes:
+        if begin <= time <= end:
+            now += bytes
+            points.append(((time - begin) / 1e3, now))
+    return points

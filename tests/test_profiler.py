@@ -1,0 +1,258 @@
+"""fastres.profile: what it counts, to which block it charges a time, what it says.
+
+No test asks for a speed.
+"""
+
+import json
+import time
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastres
+from fastres import cli, models, sites
+from fastres.profiler import Profile, ProfileError, limits
+from fastres.profiler.blocks import find_blocks
+from fastres.profiler.count import Count
+from fastres.profiler.walk import Walk
+
+
+@pytest.fixture(autouse=True)
+def _limits(monkeypatch, tmp_path):
+    """Measured quickly, and kept nowhere but here."""
+    monkeypatch.setattr(limits, "_SECONDS", 0.0)
+    monkeypatch.setattr(limits, "_flops", lambda dtype, device: 1e11)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def images(size=16, batch=2):
+    return torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
+
+
+def blocks_of(model, input):
+    walk = Walk(model, lambda part, direction: None)
+    with walk.forward():
+        model(input)
+    return find_blocks(model, walk.pieces)
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["fused", "stock"])
+def test_blocks_hold_each_site_once_fused_or_not(stock):
+    model = models.resnet50(num_classes=10)
+    with sites.record() as records:
+        model(images(64))
+    with sites.stock() if stock else sites.record():
+        blocks = blocks_of(model, images(64))
+    stages = [f"layer{stage}.{i}" for stage, depth in enumerate((3, 4, 6, 3), 1) for i in range(depth)]
+    assert [block.name for block in blocks] == ["stem", *stages, "head"]
+    assert [op.name for op in blocks[0].ops] == ["conv1 bn1 relu", "maxpool"]
+    assert [op.name for op in blocks[-1].ops] == ["avgpool", "fc"]
+    assert blocks[1].kind == "Bottleneck"
+    found = [op for block in blocks for op in block.ops if op.ran.startswith("conv_bn")]
+    assert [op.ran for op in found] == [record.ran for record in records]
+
+
+def test_blocks_of_foreign_models(torchvision, timm):
+    from fastres.models.by_name import build
+
+    for name, last in (
+        ("torchvision:resnet18", "layer4.1"),
+        ("timm:resnet18", "layer4.1"),
+        ("transformers:resnet-18", "resnet.encoder.stages.3.layers.1"),
+    ):
+        blocks = blocks_of(fastres.fuse(build(name)), images(64))
+        assert len(blocks) == 10 and blocks[-2].name == last, name
+
+
+# Multiply-adds at 224x224, as torchvision's table of weights gives them.
+@pytest.mark.parametrize(
+    "name, giga",
+    [("resnet18", 1.81), ("resnet34", 3.66), ("resnet50", 4.09), ("resnet101", 7.80), ("resnet152", 11.51)],
+)
+def test_flops_of_a_forward(name, giga):
+    model = models.get_model(name).to("meta").eval()
+    with sites.stock(), Count() as count:
+        model(torch.empty(1, 3, 224, 224, device="meta"))
+    assert round(count.flops.total() / 2e9, 2) == giga
+
+
+def test_flops_and_bytes_of_each_op_are_those_of_its_shapes():
+    model = models.resnet50(num_classes=10)
+    result = fastres.profile(model, images(64), repeat=1)
+    with sites.stock(), FlopCounterMode(display=False) as counter:
+        model(images(64)).sum().backward()
+    assert sum(sum(row.data["flops"].values()) for row in result.rows) == counter.get_total_flops()
+    row = next(r for r in result.rows if (r.block, r.name) == ("layer1.0", "conv2 bn2 relu"))
+    tensor, weight = 2 * 64 * 16 * 16 * 4, 64 * 64 * 9 * 4
+    # Forward: x and the weight come in, the convolution's output is kept, and z leaves.
+    assert row.data["bytes"]["forward"] == pytest.approx(3 * tensor + weight, rel=0.01)
+    # Backward: the gradient, x, the convolution's output, z for its mask, and the weight come in, and the
+    # gradients of x and of the weight leave.
+    assert row.data["bytes"]["backward"] == pytest.approx(5 * tensor + 2 * weight, rel=0.01)
+    assert row.data["flops"] == {
+        "forward": 2 * 2 * 256 * 64 * 64 * 9,
+        "backward": 4 * 2 * 256 * 64 * 64 * 9,
+    }
+
+
+class Slow(torch.autograd.Function):
+    """Identity, whose forward and backward take 20 ms."""
+
+    @staticmethod
+    def forward(ctx, input):
+        time.sleep(0.02)
+        return input.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(0.02)
+        return grad
+
+
+class SlowBlock(fastres.nn.BasicBlock):
+    def forward(self, x):
+        return super().forward(Slow.apply(x))
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_time_counts_for_the_block_that_takes_it(direction):
+    model = models.cifar_resnet20(num_classes=10)
+    model.layer2[1].__class__ = SlowBlock
+    result = fastres.profile(model, images(), repeat=2)
+    for variant in ("fused", "stock"):
+        by_block = {}
+        for row in result.rows:
+            by_block[row.block] = by_block.get(row.block, 0) + row.seconds(variant, direction)
+        assert max(by_block, key=by_block.get) == "layer2.1" and by_block["layer2.1"] >= 0.02
+
+
+@pytest.mark.parametrize("mode", ["train", "infer"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_parts_add_up_and_come_back_from_the_file(mode, dtype, tmp_path):
+    model = models.cifar_resnet20(num_classes=10)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = fastres.profile(model, images(), mode=mode, dtype=dtype, repeat=2, name="small")
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    for variant in ("fused", "stock"):
+        for index, whole in enumerate(result.data["profiled_step"][variant]):
+            parts = sum(row.by_round(variant)[index] for row in result.rows)
+            parts += sum(times[variant][index] for times in result.data["rest"].values())
+            assert parts == pytest.approx(whole)
+    assert (result.saved_bytes("fused") > 0) == (mode == "train")
+    path = tmp_path / "profile.json"
+    result.to_json(path)
+    assert Profile.read(path).data == json.loads(json.dumps(result.data))
+    assert "small" in str(result)
+
+
+def test_says_why_an_op_runs_unfused():
+    model = models.cifar_resnet20(num_classes=10)
+    model.layer1[0].bn1.register_forward_hook(lambda *_: None)
+    rows = fastres.profile(model, images(), repeat=1).rows
+    told = [(row.block, row.data["reason"]) for row in rows if row.data["reason"]]
+    assert told == [("layer1.0", "a forward hook is set on layer1.0.bn1")]
+
+
+def test_saved_bytes_are_those_that_bench_counts():
+    import argparse
+
+    from fastres import bench
+
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    words = "--model cifar_resnet20 --batch 2 --image-size 16".split()
+    counted = bench.Variant("fused", parser.parse_args(words)).saved_bytes()
+    result = fastres.profile(models.cifar_resnet20(), images(), repeat=1)
+    loss, input = 2 * 10 * 4 + 2 * 8 + 4, 2 * 3 * 16 * 16 * 4  # which are no part of a block
+    assert result.saved_bytes("fused") == counted - loss - input
+
+
+def test_trace_has_a_line_of_blocks(tmp_path):
+    path = tmp_path / "trace.json"
+    fastres.profile(models.cifar_resnet20(), images(), repeat=1, trace_path=path)
+    events = json.loads(path.read_text())["traceEvents"]
+    parts = [event for event in events if event.get("cat") == "blocks"]
+    names = {(e["name"], e["args"]["pass"]) for e in parts}
+    assert {("layer3.1: conv1 bn1 relu", d) for d in ("forward", "backward")} <= names
+    assert {e["pid"].partition(",")[0] for e in parts} == {"fused", "stock"}
+
+
+class Fickle(nn.Module):
+    """Calls one layer more each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.calls = nn.Conv2d(3, 3, 1), 0
+
+    def forward(self, x):
+        self.calls += 1
+        for _ in range(self.calls):
+            x = self.conv(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "model, input, settings, message",
+    [
+        (
+            models.cifar_resnet20(),
+            torch.ones(2, 1, 16, 16),
+            {},
+            "cannot run these settings: Given",
+        ),
+        (models.cifar_resnet20(), images(), {"mode": "fly"}, "mode='fly': expected 'train' or 'infer'"),
+        (models.cifar_resnet20(), images(), {"dtype": "int8"}, "dtype='int8': expected"),
+        (models.cifar_resnet20(), images(), {"against": ("compile",)}, "expected 'stock'"),
+        (models.cifar_resnet20(), images(), {"repeat": 0}, "repeat=0: expected 1 or more"),
+        (models.cifar_resnet20(), {}, {}, "input holds no tensor"),
+        (nn.ReLU(), images(), {}, "no parameter of the model requires a gradient"),
+        (Fickle(), images(), {}, "calls other modules from one step to the next"),
+        (3, images(), {}, "model has type int, expected torch.nn.Module"),
+    ],
+)
+def test_refuses(model, input, settings, message):
+    with pytest.raises(ProfileError, match=message.replace("(", r"\(")):
+        fastres.profile(model, input, **{"repeat": 2, **settings})
+
+
+def test_command(tmp_path, capsys):
+    path = tmp_path / "out.json"
+    words = f"profile --model cifar_resnet20 --batch 2 --image-size 16 --repeat 1 --json {path}"
+    assert cli.main(words.split()) == 0
+    printed = capsys.readouterr().out
+    assert "layer3.2" in printed and "Look next at" in printed
+    assert Profile.read(path).data["settings"]["model"] == "cifar_resnet20"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--model resnet51", "did you mean"),
+        ("--batch 0", "--batch 0: expected 1 or more"),
+        ("--json /no/such/folder/out.json", "cannot write there"),
+        ("--against eager", "expected 'stock'"),
+        ("--model cifar_resnet20 --batch 1 --image-size 2", "cannot run these settings"),
+    ],
+)
+def test_command_refuses_in_one_sentence(words, message, capsys):
+    assert cli.main(["profile", *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("fastres profile: ") and error.count("\n") == 1
+
+
+def test_limits_are_measured_once(monkeypatch, tmp_path):
+    device = torch.device("cpu")
+    first = limits.measured(device)
+    monkeypatch.setattr(limits, "_measure", lambda device: pytest.fail("measured again"))
+    assert limits.measured(device) == first
+    assert list(first.copy)[-1] == "memory" and min(level.speed for level in first.copy.values()) > 0
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"a": 1}', '{"fastres_profile": 99}'])
+def test_refuses_a_file_that_is_no_profile(text, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="x.json: is "):
+        Profile.read(path)
