@@ -17,9 +17,10 @@ else:
     from fastres import models, nn, ops
     from fastres.explain import explain
     from fastres.fuse import fuse, unfuse
+    from fastres.memory import empty_cache
 
     __version__ = _C.build_info()["version"]
-    __all__ = ["explain", "fuse", "models", "nn", "ops", "profile", "unfuse"]  # noqa: F822
+    __all__ = ["empty_cache", "explain", "fuse", "models", "nn", "ops", "profile", "unfuse"]  # noqa: F822
 
     def __getattr__(name: str):
         if name == "profile":  # imported where it is used

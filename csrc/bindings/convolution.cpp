@@ -86,11 +86,6 @@ Ints in_sizes(const Conv2d& shape) {
     return {shape.batch, shape.in_channels, shape.in.h, shape.in.w};
 }
 
-Tensor empty_channels_last(const Tensor& like, const Ints& size) {
-    return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                                torch::headeronly::MemoryFormat::ChannelsLast);
-}
-
 // Where the convolution's output is, seen as a batch norm's input.
 Activation activation_of(const Conv2d& shape, Dtype dtype) {
     return {shape.batch, shape.out_channels, shape.out.h * shape.out.w, /*channels_last=*/true, dtype};
@@ -173,7 +168,7 @@ Tensor backward_weight(Tensor grad, Tensor input, Tensor weight, Ints stride, In
     args.shape = conv2d(op, sizes_of(input), weight, stride, padding, dilation);
     args.dtype = check_activation(op, "grad", grad, out_sizes(args.shape));
     check_operand(op, "input", input, in_sizes(args.shape), args.dtype);
-    Tensor grad_weight = torch::stable::empty_like(weight);
+    Tensor grad_weight = output_like(weight);
     args.grad = plain(grad);
     args.input = plain(input);
     args.grad_weight = conv_weight(op, grad_weight);
@@ -273,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_backward(
             {shape, dtype, grad_operand, conv_weight(op, conv_weight_tensor), grad_input.data_ptr()},
             torch_threads());
     Tensor grad_conv_weight =
-        needs_conv_weight ? torch::stable::empty_like(conv_weight_tensor) : nothing(conv_output);
+        needs_conv_weight ? output_like(conv_weight_tensor) : nothing(conv_output);
     if (needs_conv_weight) {
         cpu::BnCoefficients before;
         cpu::ConvOperand input_operand = plain(input);

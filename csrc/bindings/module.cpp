@@ -5,7 +5,9 @@
 #include <string>
 #include <vector>
 
+#include "bindings/tensor.h"
 #include "cpu/isa.h"
+#include "cpu/memory_pool.h"
 #if defined(FASTRES_CUDA)
 #include "cuda/kernel_list.h"
 #endif
@@ -68,5 +70,18 @@ PYBIND11_MODULE(_C, module) {
             return false;
         },
         py::arg("dtype"), "Whether the instruction set in use has convolutions of this dtype.");
+    module.def(
+        "keep_memory", &fastres::bindings::keep_memory, py::arg("keep"),
+        "Whether large results of CPU kernels come from memory that is kept; tells whether they did.");
+    module.def(
+        "memory",
+        [] {
+            const auto bytes = fastres::cpu::MemoryPool::instance().bytes();
+            return std::make_pair(bytes.in_use, bytes.idle);
+        },
+        "Bytes of kept memory: in use by tensors, and idle.");
+    module.def(
+        "release_memory", [] { fastres::cpu::MemoryPool::instance().release(); },
+        "Give the idle part of the kept memory back to the system.");
     module.def("kernels", &kernels, "Names of all kernels that this build can run on this machine.");
 }

@@ -2,9 +2,18 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <atomic>
+#include <cstdlib>
 #include <stdexcept>
 
-#include "cpu/huge_pages.h"
+#include "cpu/memory_pool.h"
+
+// Since PyTorch 2.11; before, all tensors are malloc's.
+extern "C" __attribute__((weak)) AOTITorchError
+torch_from_blob(void* data, int64_t dims, const int64_t* sizes, const int64_t* strides,
+                int64_t storage_offset, int32_t dtype, int32_t device_type, int32_t device_index,
+                AtenTensorHandle* tensor, int32_t layout, const uint8_t* opaque_metadata,
+                int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* context);
 
 namespace fastres::bindings {
 namespace {
@@ -72,6 +81,26 @@ bool same_device(const Tensor& a, const Tensor& b) {
 Tensor empty(const Tensor& input, int64_t elements, ScalarType type) {
     const int64_t size[1] = {elements};
     return torch::stable::empty({size, 1}, type, std::nullopt, input.device());
+}
+
+std::atomic<bool> keeps_memory{[] {
+    const char* const wish = std::getenv("FASTRES_KEEP_MEMORY");
+    return !(wish && std::string(wish) == "off");
+}()};
+
+// A dense tensor in memory of the pool, if there is any.
+std::optional<Tensor> from_pool(const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType type,
+                                int64_t bytes) {
+    if (!keeps_memory || !torch_from_blob) return std::nullopt;
+    void* const block = cpu::MemoryPool::instance().take(bytes);
+    if (!block) return std::nullopt;  // malloc will say what there is to say
+    const auto give_back = [](void* data, void*) { cpu::MemoryPool::instance().give_back(data); };
+    AtenTensorHandle handle = nullptr;
+    const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+        block, dims, sizes, strides, 0, dtype, aoti_torch_device_type_cpu(), /*device_index=*/-1, &handle,
+        aoti_torch_layout_strided(), nullptr, 0, give_back, nullptr));
+    return Tensor(handle);
 }
 
 void check_channels(const char* op, const char* argument, const Tensor& tensor, const Tensor& input) {
@@ -156,9 +185,29 @@ void check_statistics(const char* op, const char* argument, const Tensor& tensor
 }
 
 Tensor output_like(const Tensor& input) {
-    Tensor output = torch::stable::empty_like(input);
-    if (output.is_cpu()) cpu::advise_huge_pages(output.data_ptr(), output.numel() * output.element_size());
-    return output;
+    const int64_t bytes = input.numel() * static_cast<int64_t>(input.element_size());
+    const bool pooled_strides = is_channels_last(input) || is_dense_contiguous(input);
+    if (input.is_cpu() && bytes >= cpu::MemoryPool::least && pooled_strides)
+        if (auto pooled = from_pool(input.sizes().data(), input.strides().data(), input.dim(),
+                                    input.scalar_type(), bytes))
+            return *pooled;
+    return torch::stable::empty_like(input);
+}
+
+Tensor empty_channels_last(const Tensor& like, const std::vector<int64_t>& size) {
+    const int64_t c = size[1], h = size[2], w = size[3];
+    const int64_t strides[4] = {c * h * w, 1, c * w, c};
+    const int64_t bytes = size[0] * c * h * w * static_cast<int64_t>(like.element_size());
+    if (like.is_cpu() && bytes >= cpu::MemoryPool::least)
+        if (auto pooled = from_pool(size.data(), strides, 4, like.scalar_type(), bytes)) return *pooled;
+    return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                                torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+bool keep_memory(bool keep) {
+    const bool before = keeps_memory;
+    keeps_memory = keep;
+    return before;
 }
 
 Tensor empty_channels(const Tensor& input, Dtype dtype) {

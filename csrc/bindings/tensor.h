@@ -5,6 +5,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "core/batch_norm.h"
 
@@ -36,8 +37,13 @@ ChannelVector channel_vector(const char* op, const char* argument, const Optiona
 void check_statistics(const char* op, const char* argument, const Tensor& tensor, const Tensor& input,
                       Dtype dtype);
 
-// An uninitialised tensor for results of input's size.
+// An uninitialised tensor for results of input's size, and one of another size in channels-last order.
+// Large ones on the CPU are of cpu::MemoryPool.
 Tensor output_like(const Tensor& input);
+Tensor empty_channels_last(const Tensor& like, const std::vector<int64_t>& size);
+
+// Whether they are, from now on; tells whether they were.
+bool keep_memory(bool keep);
 
 // Uninitialised one-dimensional tensors on input's device: accumulators, a workspace, a stand-in for
 // "none".

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from fastres.memory import from_malloc
 from fastres.profiler.walk import Part, Switch
 
 _MARK = "fastres part "
@@ -54,7 +55,8 @@ def trace(step: Callable[[Switch], object], device: torch.device, label: Callabl
 
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities, profile_memory=True) as profiler:
+    # PyTorch's profiler knows nothing of memory that fastres keeps.
+    with from_malloc(), profile(activities=activities, profile_memory=True) as profiler:
         step(switch)
         if cuda:
             torch.cuda.synchronize(device)
