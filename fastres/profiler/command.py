@@ -30,16 +30,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repeat", type=int, default=5, help="rounds (default: %(default)s)")
     add("--threads", type=int, help="threads of PyTorch's CPU ops (default here: PyTorch's own choice)")
     add("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    add("--html", type=Path, metavar="FILE", help="write a report to look at, which needs no network")
     add("--trace", type=Path, metavar="FILE", help="write a trace for Perfetto or chrome://tracing")
+    add(
+        "--from",
+        type=Path,
+        metavar="FILE",
+        dest="source",
+        help="measure nothing, but show what --json wrote to this file",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     threads = torch.get_num_threads()
     try:
-        result = _measure(arguments)
+        _check_files(arguments)
+        result = _measure(arguments) if arguments.source is None else Profile.read(arguments.source)
         result.show()
         if arguments.json is not None:
             result.to_json(arguments.json)
+        if arguments.html is not None:
+            result.to_html(arguments.html)
     except (ValueError, OSError) as error:
         print(f"fastres profile: {error}", file=sys.stderr)
         return 2
@@ -51,15 +62,20 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check_files(arguments: argparse.Namespace) -> None:
+    for option in ("json", "html", "trace"):
+        path = getattr(arguments, option)
+        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+            raise ProfileError(f"--{option} {path}: cannot write there")
+    if arguments.source is not None and arguments.trace is not None:
+        raise ProfileError("--trace: a trace is made while measuring, which --from does not")
+
+
 def _measure(arguments: argparse.Namespace) -> Profile:
     for name in ("batch", "image_size", "repeat", "threads"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ProfileError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
-    for option in ("json", "trace"):
-        path = getattr(arguments, option)
-        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-            raise ProfileError(f"--{option} {path}: cannot write there")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ProfileError("--device cuda: PyTorch finds no CUDA device here; `fastres doctor` tells more")
     if arguments.threads is not None:

@@ -39,6 +39,19 @@ class Row:
     def seconds(self, variant: str, *directions: str) -> float:
         return median(self.by_round(variant, *directions))
 
+    def speedup(self) -> Spread:
+        """stock's time / fused's, round by round."""
+        return Spread.of(
+            [
+                a / b if b else 1.0
+                for a, b in zip(self.by_round("stock"), self.by_round("fused"), strict=True)
+            ]
+        )
+
+    def saved_bytes(self, variant: str) -> int:
+        """Kept for the backward pass."""
+        return self.data.get("saved_bytes", {}).get(variant, 0)
+
     @property
     def bound(self) -> float:
         """Seconds that the machine's limits allow."""
@@ -112,15 +125,24 @@ class Profile:
 
     def saved_bytes(self, variant: str) -> int:
         """Kept for the backward pass."""
-        return sum(row.data.get("saved_bytes", {}).get(variant, 0) for row in self.rows)
+        return sum(row.saved_bytes(variant) for row in self.rows)
 
-    def __str__(self) -> str:
+    @property
+    def title(self) -> str:
+        """What was measured."""
         settings = self.data["settings"]
         shape = "x".join(map(str, settings["input"]))
-        title = (
-            f"{settings['model']}, {settings['mode']}, {shape}, {settings['dtype']}, {settings['device']}"
+        return ", ".join(
+            [
+                settings["model"],
+                settings["mode"],
+                shape,
+                *(settings[s] for s in ("dtype", "layout", "device")),
+            ]
         )
-        return "\n".join([title, str(self.machine), *self.data["advice"]])
+
+    def __str__(self) -> str:
+        return "\n".join([self.title, str(self.machine), *self.data["advice"]])
 
     __repr__ = __str__
 
@@ -129,6 +151,18 @@ class Profile:
         from fastres.profiler.table import show
 
         show(self, file)
+
+    def to_html(self, path: str | Path) -> None:
+        """Write a report to look at: one file, which needs no network.
+
+        Raises:
+            OSError: as of open.
+        """
+        from fastres.profiler.report import html
+
+        text = html(self)
+        with replaced(Path(path)) as file:
+            file.write(text)
 
     def to_json(self, path: str | Path) -> None:
         """Write it.

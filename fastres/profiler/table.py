@@ -15,13 +15,7 @@ def show(profile: Profile, file=None) -> None:
     console = Console(file=file, highlight=False)
     if not console.is_terminal:
         console.width = _WIDTH
-    settings = profile.data["settings"]
-    shape = "x".join(map(str, settings["input"]))
-    console.print(
-        f"{settings['model']}, {settings['mode']}, {shape}, {settings['dtype']}, {settings['layout']}, "
-        f"{settings['device']}",
-        markup=False,
-    )
+    console.print(profile.title, markup=False)
     console.print(str(profile.machine), markup=False)
     directions = profile.rows[0].directions if profile.rows else []
     table = Table(box=None, pad_edge=False, header_style="bold")
