@@ -10,6 +10,7 @@ import torch
 from fastres.models import by_name
 from fastres.profiler.measure import ProfileError, profile, steps
 from fastres.profiler.result import Profile
+from fastres.profiler.table import show_comparison
 from fastres.progress import shown
 
 
@@ -39,12 +40,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="source",
         help="measure nothing, but show what --json wrote to this file",
     )
+    add(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("A", "B"),
+        help="measure nothing, but tell what changed from one file of --json to the other",
+    )
+    add(
+        "--fail-above",
+        type=float,
+        metavar="PERCENT",
+        help="with --compare: exit status 1 where the step or a block became slower by more than this",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     threads = torch.get_num_threads()
     try:
         _check_files(arguments)
+        if arguments.compare is not None:
+            return _compare(*arguments.compare, arguments.fail_above)
         result = _measure(arguments) if arguments.source is None else Profile.read(arguments.source)
         result.show()
         if arguments.json is not None:
@@ -62,6 +78,15 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(a: Path, b: Path, fail_above: float | None) -> int:
+    comparison = Profile.read(a).compare(Profile.read(b))
+    show_comparison(comparison)
+    slower = [] if fail_above is None else comparison.slower_than(fail_above)
+    if slower:
+        print(f"Slower by more than {fail_above:g} %: {', '.join(map(str, slower))}.")
+    return 1 if slower else 0
+
+
 def _check_files(arguments: argparse.Namespace) -> None:
     for option in ("json", "html", "trace"):
         path = getattr(arguments, option)
@@ -69,6 +94,14 @@ def _check_files(arguments: argparse.Namespace) -> None:
             raise ProfileError(f"--{option} {path}: cannot write there")
     if arguments.source is not None and arguments.trace is not None:
         raise ProfileError("--trace: a trace is made while measuring, which --from does not")
+    if arguments.fail_above is not None and arguments.compare is None:
+        raise ProfileError("--fail-above: goes with --compare")
+    if arguments.fail_above is not None and not arguments.fail_above >= 0:
+        raise ProfileError(f"--fail-above {arguments.fail_above:g}: expected 0 or more")
+    if arguments.compare is not None and any(
+        (arguments.json, arguments.html, arguments.trace, arguments.source)
+    ):
+        raise ProfileError("--compare: only prints; leave out --json, --html, --trace and --from")
 
 
 def _measure(arguments: argparse.Namespace) -> Profile:

@@ -6,10 +6,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 from fastres.files import replaced
 from fastres.profiler.limits import Limits
 from fastres.timing import Machine, Spread, ratios
+
+if TYPE_CHECKING:
+    from fastres.profiler.compare import Comparison
 
 VERSION = 1
 
@@ -151,6 +155,16 @@ class Profile:
         from fastres.profiler.table import show
 
         show(self, file)
+
+    def compare(self, other: Profile) -> Comparison:
+        """What became of this profile's times in the other one.
+
+        Raises:
+            ValueError: one is of training and one of inference.
+        """
+        from fastres.profiler.compare import compare
+
+        return compare(self, other)
 
     def to_html(self, path: str | Path) -> None:
         """Write a report to look at: one file, which needs no network.

@@ -5,16 +5,16 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from fastres.profiler.compare import Comparison
 from fastres.profiler.result import Profile, Row
+from fastres.timing import Spread
 
 _WIDTH = 180  # of a file or a pipe: nothing is cut
 
 
 def show(profile: Profile, file=None) -> None:
     """Print it, those ops first that lose most time against the machine's limit."""
-    console = Console(file=file, highlight=False)
-    if not console.is_terminal:
-        console.width = _WIDTH
+    console = _console(file)
     console.print(profile.title, markup=False)
     console.print(str(profile.machine), markup=False)
     directions = profile.rows[0].directions if profile.rows else []
@@ -24,6 +24,7 @@ def show(profile: Profile, file=None) -> None:
     table.add_column("ran", max_width=18)
     for title in (
         *(f"{d} ms" for d in directions),
+        "± ms",
         "stock ms",
         "stock/fused",
         "bound ms",
@@ -37,15 +38,56 @@ def show(profile: Profile, file=None) -> None:
     _footer(console, profile)
 
 
+def show_comparison(comparison: Comparison, file=None) -> None:
+    """Print the step, all blocks and the ops that changed."""
+    console = _console(file)
+    for line in (*comparison.differences, *comparison.missing):
+        console.print(line, markup=False)
+    if comparison.drift != 1:
+        console.print(
+            f"Stock's layers took {comparison.drift:.2f}x as long in b as in a, which b / a leaves out.",
+            markup=False,
+        )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("block", "op", ""):
+        table.add_column(title)
+    for title in ("a ms", "b ms", "b / a", "interval", "change"):
+        table.add_column(title, justify="right")
+    ops = [change for change in comparison.ops if change.slower or change.faster]
+    for change in (comparison.step, *comparison.blocks, *ops):
+        table.add_row(
+            change.block or "whole step",
+            change.op,
+            change.direction,
+            f"{change.a * 1e3:.2f}",
+            f"{change.b * 1e3:.2f}",
+            f"{change.ratio:.2f}x",
+            f"{change.low:.2f} to {change.high:.2f}",
+            "slower" if change.slower else "faster" if change.faster else "within the noise",
+        )
+    console.print(table)
+    console.print()
+    console.print(comparison.sentence(), markup=False)
+
+
+def _console(file) -> Console:
+    console = Console(file=file, highlight=False)
+    if not console.is_terminal:
+        console.width = _WIDTH
+    return console
+
+
 def _cells(row: Row, directions: list[str]) -> list[str]:
     fused, stock = row.seconds("fused"), row.seconds("stock")
+    spread = Spread.of(row.by_round("fused"))
     return [
         row.block,
         row.name,
         row.data["ran"] if row.data["fused"] or not row.data["reason"] else f"stock: {row.data['reason']}",
         *(f"{row.seconds('fused', d) * 1e3:.2f}" for d in directions),
+        f"{(spread.high - spread.low) / 2 * 1e3:.2f}",
         f"{stock * 1e3:.2f}",
-        f"{stock / fused:.2f}x" if fused else "",
+        f"{row.speedup().median:.2f}x" if fused else "",
         f"{row.bound * 1e3:.2f}",
         f"{row.bound / fused:.0%}" if fused else "",
         f"{row.lost * 1e3:.2f}",
