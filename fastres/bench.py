@@ -12,17 +12,18 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastres import _C, models, sites
+from fastres import _C, sites
 from fastres.files import replaced
+from fastres.fuse import fuse
+from fastres.models import by_name
 from fastres.progress import shown
-from fastres.timing import Machine, Seconds, Spread, interleave, ratios
+from fastres.timing import Machine, Seconds, Spread, interleave, ratios, usable_cores
 
 _STOCK_VARIANTS = ("eager", "compile")
 _WARM_UP = (
@@ -38,7 +39,7 @@ class BenchError(ValueError):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", default="resnet50", help="one of fastres.models (default: %(default)s)")
+    add("--model", default="resnet50", help=by_name.HELP)
     add("--batch", type=int, default=16, help="images a step (default: %(default)s)")
     add("--image-size", type=int, default=224, help="side of the images (default: %(default)s)")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast (default: %(default)s)")
@@ -63,43 +64,55 @@ def run(arguments: argparse.Namespace) -> int:
     threads, cudnn_benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
     try:
         torch.backends.cudnn.benchmark = True  # stock PyTorch at its best: warming up tries the algorithms
-        result = _measure(arguments)
+        against = check(arguments)
+        with shown("steps", steps(arguments, against)) as advance:
+            result = measure(arguments, against, advance)
         _print(result)
         if arguments.json is not None:
             _write(result, arguments.json)
     except BenchError as error:
         print(f"fastres bench: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nfastres bench: interrupted", file=sys.stderr)
-        return 130
     finally:
         torch.set_num_threads(threads)
         torch.backends.cudnn.benchmark = cudnn_benchmark
     return 0
 
 
-def _measure(arguments: argparse.Namespace) -> dict:
-    against = _check(arguments)
+def steps(arguments: argparse.Namespace, against: list[str]) -> int:
+    """How often `measure` calls `advance`."""
+    return (1 + len(against)) * (_WARM_UP + arguments.repeat + (2 if arguments.breakdown else 0))
+
+
+def measure(
+    arguments: argparse.Namespace, against: list[str], advance: Callable[[], object] = lambda: None
+) -> dict:
+    """What is written as JSON. It sets the number of threads, if one is asked for.
+
+    Args:
+        arguments: of `fastres bench`, checked.
+        against: what `check` returned.
+        advance: called after each of `steps(arguments, against)` steps.
+
+    Raises:
+        BenchError: the model cannot run these settings.
+    """
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     variants = {name: Variant(name, arguments) for name in ("fused", *against)}
-    rounds = arguments.repeat
-    profiled = 2 if arguments.breakdown else 0
-    with shown("steps", len(variants) * (_WARM_UP + rounds + profiled)) as advance:
-        for variant in variants.values():
-            variant.warm_up(advance)
-        seconds = interleave({n: v.step for n, v in variants.items()}, rounds, device, advance)
-        machine = Machine.at_hand(device)  # now, while the GPU still has its clocks
-        breakdown = {}
-        if arguments.breakdown:
-            for name, variant in variants.items():
-                breakdown[name] = {"seconds": time_by_part(variant.step, device)}
-                advance()
-                if arguments.mode == "train":
-                    breakdown[name]["saved_bytes"] = variant.saved_bytes()
-                advance()
+    for variant in variants.values():
+        variant.warm_up(advance)
+    seconds = interleave({n: v.step for n, v in variants.items()}, arguments.repeat, device, advance)
+    machine = Machine.at_hand(device)  # now, while the GPU still has its clocks
+    breakdown = {}
+    if arguments.breakdown:
+        for name, variant in variants.items():
+            breakdown[name] = {"seconds": time_by_part(variant.step, device)}
+            advance()
+            if arguments.mode == "train":
+                breakdown[name]["saved_bytes"] = variant.saved_bytes()
+            advance()
     settings = {name: getattr(arguments, name) for name in _SETTINGS}
     return _result(settings, machine, seconds, breakdown, variants)
 
@@ -137,16 +150,19 @@ def _result(
 # what is asked for
 
 
-def _check(arguments: argparse.Namespace) -> list[str]:
-    """The stock variants, once everything that was asked for is known to make sense."""
-    if arguments.model not in models.list_models():
-        near = get_close_matches(arguments.model, models.list_models(), n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(models.list_models())}"
-        raise BenchError(f"--model {arguments.model}: there is no such model{hint}")
+def check(arguments: argparse.Namespace) -> list[str]:
+    """The stock variants, once everything that was asked for is known to make sense.
+
+    Raises:
+        BenchError: it does not.
+    """
     for name in ("batch", "image_size", "repeat", "threads"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise BenchError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+    most = 4 * usable_cores()
+    if arguments.threads is not None and arguments.threads > most:
+        raise BenchError(f"--threads {arguments.threads}: expected at most {most}, 4 to a core")
     against = list(dict.fromkeys(filter(None, arguments.against.split(","))))
     if not against or not set(against) <= set(_STOCK_VARIANTS):
         raise BenchError(f"--against {arguments.against!r}: expected eager, compile or eager,compile")
@@ -192,7 +208,7 @@ class Variant:
         self.images, self.labels = images.to(self.device, memory_format=layout), labels.to(self.device)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = models.get_model(arguments.model)
+            model = _model(arguments.model)
         self.model = model.to(self.device, memory_format=layout).train(self.training)
         # So small that a batch seen many times is not learned by heart: its gradients would become denormal
         # numbers, which are slow.
@@ -264,13 +280,22 @@ class Variant:
 
     def _loss(self) -> Tensor:
         with self._context():
-            return F.cross_entropy(self.forward(self.images), self.labels)
+            output = self.forward(self.images)
+            return F.cross_entropy(getattr(output, "logits", output), self.labels)
 
     @contextlib.contextmanager
     def _context(self) -> Iterator[None]:
         layers = contextlib.nullcontext() if self.name == "fused" else sites.stock()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16), layers:
             yield
+
+
+def _model(name: str) -> torch.nn.Module:
+    try:
+        model = by_name.build(name)
+    except ValueError as error:
+        raise BenchError(f"--model {name}: {error}") from error
+    return fuse(model, inplace=True) if ":" in name else model
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -333,21 +358,29 @@ def _print(result: dict) -> None:
     )
     print(Machine(**result["machine"]))
     peak = f"{'peak MB':>10}" if settings["device"] == "cuda" else ""
-    quartiles = f"quartiles of {settings['repeat']}"
-    print(f"\n{'':8}{'ms/step':>10}{'images/s':>10}{peak}   fused is faster by ({quartiles})")
+    quartiles = f"quartiles of {settings['repeat']} rounds"
+    print(f"\n{'':8}{'ms/step':>10}{'images/s':>10}{peak}   its time / fused's ({quartiles})")
     for name, variant in result["variants"].items():
         line = f"{name:8}{variant['seconds']['median'] * 1e3:10.2f}{variant['images_per_second']:10.1f}"
         if peak:
             line += f"{variant['peak_bytes'] / 1e6:10.1f}"
         if name in result["speedup"]:
             speedup = result["speedup"][name]
-            line += f"   {speedup['median']:.2f}x ({speedup['low']:.2f} to {speedup['high']:.2f})"
+            line += f"   {speedup['median']:.2f}x ({speedup['low']:.2f} to {speedup['high']:.2f}): "
+            line += f"fused is {in_words(speedup)}"
         print(line)
     for reason, count in result["unfused"].items():
         print(f"{count} sites of the fused model ran stock: {reason}")
     breakdowns = {n: v["breakdown"] for n, v in result["variants"].items() if "breakdown" in v}
     if breakdowns:
         _print_breakdown(breakdowns)
+
+
+def in_words(speedup: dict[str, float]) -> str:
+    """faster, slower, or neither where the quartiles lie on both sides of 1."""
+    if speedup["low"] > 1:
+        return "faster"
+    return "slower" if speedup["high"] < 1 else "as fast, within the noise"
 
 
 def _print_breakdown(breakdowns: dict[str, dict]) -> None:

@@ -9,6 +9,7 @@ from importlib import import_module
 _COMMANDS = {
     "train": ("fastres.train.command", "train a residual network to a held-out accuracy"),
     "bench": ("fastres.bench", "time fused against stock layers, interleaved"),
+    "sweep": ("fastres.sweep.command", "bench over a grid of batches, image sizes, dtypes and threads"),
     "profile": ("fastres.profiler.command", "time a model block by block, fused beside stock layers"),
     "explain": ("fastres.explain_command", "list what runs fused in a model, what does not, and why"),
     "doctor": ("fastres.doctor", "check this installation, each op against float64"),
@@ -35,6 +36,9 @@ def _main(argv: list[str] | None) -> int:
     for name, (module, help_text) in _COMMANDS.items():
         subparser = commands.add_parser(name, help=help_text, description=help_text)
         if name == chosen:
+            if name != "doctor" and (problem := _no_such_isa()):  # which doctor tells more about
+                print(f"fastres {name}: {problem}", file=sys.stderr)
+                return 2
             command = import_module(module)
             command.add_arguments(subparser)
     arguments = parser.parse_args(argv)
@@ -46,7 +50,22 @@ def _main(argv: list[str] | None) -> int:
     if arguments.command is None:
         parser.print_help()
         return 2
-    return command.run(arguments)
+    try:
+        return command.run(arguments)
+    except KeyboardInterrupt:
+        print(f"\nfastres {chosen}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _no_such_isa() -> str:
+    """What is wrong with FASTRES_CPU_ISA, "" for nothing."""
+    try:
+        import_module("fastres._C").cpu_isa()
+    except ValueError as error:
+        return str(error)
+    except ImportError:  # the command will say so
+        pass
+    return ""
 
 
 if __name__ == "__main__":

@@ -13,13 +13,7 @@ from fastres.models import by_name
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--model",
-        default="resnet50",
-        help="one of fastres.models; or torchvision:NAME, timm:NAME, transformers:resnet-18, 26, 34, 50, "
-        "101 or 152, package.module:function or path.py:function, whose model is fused first "
-        "(default: %(default)s)",
-    )
+    add("--model", default="resnet50", help=by_name.HELP)
     add("--batch", type=int, default=2, help="images that the model is run on (default: %(default)s)")
     add("--image-size", type=int, default=64, help="side of the images, pixels (default: %(default)s)")
     add("--channels", type=int, default=3, help="of the images (default: %(default)s)")

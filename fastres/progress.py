@@ -6,10 +6,14 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def shown(title: str, steps: int) -> Iterator[Callable[[], object]]:
-    """A bar on stderr, while the context lasts; the function that is given moves it on by a step."""
+def shown(title: str, steps: int) -> Iterator[Callable[..., object]]:
+    """A bar on stderr, while the context lasts.
+
+    Yields:
+        advance(steps=1, title=None) moves it on, and may give it another title.
+    """
     if not sys.stderr.isatty():
-        yield lambda: None
+        yield lambda steps=1, title=None: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,4 +27,4 @@ def shown(title: str, steps: int) -> Iterator[Callable[[], object]]:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=steps)
-        yield lambda: bar.advance(task)
+        yield lambda steps=1, title=None: bar.update(task, advance=steps, description=title)

@@ -144,10 +144,9 @@ class Machine:
         cuda = device.type == "cuda"
         gpu_clocks = _gpu_clocks(device) if cuda else ""  # first: an idle GPU lowers them
         flags, cpu = _cpu_info()
-        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return cls(
             cpu=cpu,
-            cores=usable,
+            cores=usable_cores(),
             isa=_C.cpu_isa(),
             amx="amx_tile" in flags,
             threads=torch.get_num_threads(),
@@ -168,6 +167,11 @@ class Machine:
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
+
+
+def usable_cores() -> int:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_info() -> tuple[set[str], str]:

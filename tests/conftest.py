@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import re
+import shutil
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,3 +80,18 @@ def recompute(request):
     before = set_recompute(request.param)
     yield request.param
     set_recompute(before)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A real one, without a window."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip(f"no browser is installed, of {', '.join(names)}")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -74,6 +74,25 @@ def test_compares_with_torch_compile(monkeypatch, tmp_path):
     assert len(compiled) == 1
 
 
+def test_foreign_models_are_fused_first(torchvision, tmp_path):
+    path = tmp_path / "out.json"
+    assert run("--model", "torchvision:resnet18", "--image-size", "32", "--json", str(path)) == 0
+    result = json.loads(path.read_text())
+    assert result["settings"]["model"] == "torchvision:resnet18" and result["unfused"] == {}
+
+
+@pytest.mark.parametrize("factor, word", [(2.0, "faster"), (0.5, "slower")])
+def test_says_faster_and_slower_alike(factor, word, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "interleave", lambda *_: {"fused": [1.0] * 3, "eager": [factor] * 3})
+    assert run() == 0
+    ratio = f"{factor:.2f}"
+    assert capsys.readouterr().out.endswith(f"{ratio}x ({ratio} to {ratio}): fused is {word}\n")
+
+
+def test_says_when_the_rounds_disagree():
+    assert bench.in_words({"median": 1.05, "low": 0.99, "high": 1.1}) == "as fast, within the noise"
+
+
 @pytest.mark.parametrize("name, fused", [("fused", True), ("eager", False)])
 def test_variants_run_what_their_names_say(name, fused):
     with sites.record() as records:
@@ -133,14 +152,14 @@ def test_saved_bytes_counts_each_storage_once_and_no_parameter():
 
 
 def test_tells_why_sites_of_the_fused_model_ran_stock(capsys, monkeypatch):
-    get_model = bench.models.get_model
+    build = bench.by_name.build
 
     def hooked(name):
-        model = get_model(name)
+        model = build(name)
         model.bn1.register_forward_hook(lambda *_: None)
         return model
 
-    monkeypatch.setattr(bench.models, "get_model", hooked)
+    monkeypatch.setattr(bench.by_name, "build", hooked)
     assert run() == 0
     assert "1 sites of the fused model ran stock: a forward hook is set" in capsys.readouterr().out
 
@@ -153,6 +172,7 @@ def test_tells_why_sites_of_the_fused_model_ran_stock(capsys, monkeypatch):
         (["--image-size", "-3"], "--image-size -3: expected 1 or more"),
         (["--repeat", "0"], "--repeat 0: expected 1 or more"),
         (["--threads", "0"], "--threads 0: expected 1 or more"),
+        (["--threads", "2000"], "--threads 2000: expected at most"),
         (["--against", "eager,jit"], "--against 'eager,jit': expected eager, compile or eager,compile"),
         (["--against", ""], "--against '': expected eager, compile or eager,compile"),
         (["--json", "no/such/folder/out.json"], "--json no/such/folder/out.json: cannot write there"),

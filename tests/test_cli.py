@@ -17,7 +17,9 @@ def test_version(capsys):
 
 def test_nothing_asked_prints_help(capsys):
     assert cli.main([]) == 2
-    assert {"train", "bench", "profile", "explain", "doctor"} <= set(capsys.readouterr().out.split())
+    assert {"train", "bench", "sweep", "profile", "explain", "doctor"} <= set(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_unknown_command(capsys):
@@ -27,7 +29,7 @@ def test_unknown_command(capsys):
     assert "invalid choice: 'fly'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "bench", "profile", "explain", "doctor"])
+@pytest.mark.parametrize("command", cli._COMMANDS)
 def test_each_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main([command, "--help"])
@@ -63,3 +65,37 @@ def test_import_loads_nothing_heavy():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout.strip() == "[]", run.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "bench", "sweep", "profile", "explain"])
+def test_an_unknown_instruction_set(command):
+    run = subprocess.run(
+        [sys.executable, "-m", "fastres", command],
+        env=os.environ | {"FASTRES_CPU_ISA": "foo"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.startswith(f"fastres {command}: FASTRES_CPU_ISA: 'foo' cannot run on this machine")
+    assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command, place",
+    [
+        ("explain --model cifar_resnet20", "fastres.explain_command.explain"),
+        ("bench --model cifar_resnet20", "fastres.bench.interleave"),
+        ("profile --model cifar_resnet20", "fastres.profiler.measure.trace"),
+    ],
+)
+def test_interrupted_by_the_keyboard(command, place, monkeypatch, capsys, tmp_path):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, interrupt)
+    written = [] if "explain" in command else ["--json", str(tmp_path / "out.json")]
+    small = ["--image-size", "16", "--batch", "2"]
+    assert cli.main([*command.split(), *small, *written]) == 130
+    captured = capsys.readouterr()
+    assert captured.err == f"\nfastres {command.split()[0]}: interrupted\n"
+    assert not list(tmp_path.iterdir())

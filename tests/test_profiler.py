@@ -3,6 +3,7 @@
 No test asks for a speed.
 """
 
+import errno
 import json
 import time
 
@@ -256,3 +257,23 @@ def test_refuses_a_file_that_is_no_profile(text, tmp_path):
     path.write_text(text)
     with pytest.raises(ValueError, match="x.json: is "):
         Profile.read(path)
+
+
+@pytest.mark.parametrize("option", ["json", "html", "trace"])
+def test_a_full_disk_leaves_nothing_half_written(option, tmp_path, monkeypatch, capsys):
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    path = tmp_path / "out"
+    words = "profile --model cifar_resnet20 --batch 2 --image-size 16 --repeat 1"
+    limits.measured(torch.device("cpu"))  # kept before the disk is full
+    assert cli.main([*words.split(), f"--{option}", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and error.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir() if file.name != "cache"] == []
+
+
+def test_refuses_threads_that_no_machine_has(capsys):
+    assert cli.main("profile --threads 2000".split()) == 2
+    assert "--threads 2000: expected at most" in capsys.readouterr().err

@@ -3,7 +3,6 @@
 import errno
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,25 +11,11 @@ from fastres.cli import main
 from fastres.profiler.result import Profile
 
 PROFILE = Path(__file__).with_name("profile.json")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 @pytest.fixture
 def profile() -> Profile:
     return Profile.read(PROFILE)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"no browser is installed, of {', '.join(BROWSERS)}")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

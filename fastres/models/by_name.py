@@ -23,6 +23,11 @@ _TRANSFORMERS_DEPTHS = {
 }
 _TRANSFORMERS_SIZES = {"basic": [64, 128, 256, 512], "bottleneck": [256, 512, 1024, 2048]}
 
+HELP = (  # of the commands' option --model
+    "one of fastres.models; or torchvision:NAME, timm:NAME, transformers:resnet-18, 26, 34, 50, 101 or "
+    "152, package.module:function or path.py:function, whose model is fused first (default: %(default)s)"
+)
+
 
 def build(name: str) -> nn.Module:
     """The model of that name, with random weights; nothing is downloaded.

@@ -12,16 +12,12 @@ from fastres.profiler.measure import ProfileError, profile, steps
 from fastres.profiler.result import Profile
 from fastres.profiler.table import show_comparison
 from fastres.progress import shown
+from fastres.timing import usable_cores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--model",
-        default="resnet50",
-        help="one of fastres.models; or torchvision:NAME, timm:NAME, transformers:resnet-18, 26, 34, 50, "
-        "101 or 152, package.module:function or path.py:function (default: %(default)s)",
-    )
+    add("--model", default="resnet50", help=by_name.HELP)
     add("--batch", type=int, default=16, help="images a step (default: %(default)s)")
     add("--image-size", type=int, default=224, help="side of the images, pixels (default: %(default)s)")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast (default: %(default)s)")
@@ -70,9 +66,6 @@ def run(arguments: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"fastres profile: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nfastres profile: interrupted, nothing was written", file=sys.stderr)
-        return 130
     finally:
         torch.set_num_threads(threads)
     return 0
@@ -109,6 +102,9 @@ def _measure(arguments: argparse.Namespace) -> Profile:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ProfileError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+    most = 4 * usable_cores()
+    if arguments.threads is not None and arguments.threads > most:
+        raise ProfileError(f"--threads {arguments.threads}: expected at most {most}, 4 to a core")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ProfileError("--device cuda: PyTorch finds no CUDA device here; `fastres doctor` tells more")
     if arguments.threads is not None:
