@@ -44,7 +44,7 @@ $(VENV)/.train: $(VENV)/.tools $(SOURCES)
 
 # torchvision and timm are clients of the tests; their own choice of torch is not wanted.
 $(VENV)/.test: $(VENV)/.train
-	$(BIN)/pip install --quiet pytest pytest-benchmark ruff clang-format transformers pyyaml huggingface_hub safetensors playwright
+	$(BIN)/pip install --quiet pytest pytest-benchmark "ruff==0.17.*" "clang-format==23.1.*" transformers pyyaml huggingface_hub safetensors playwright
 	$(BIN)/pip install --quiet --no-deps torchvision timm
 	touch $@
 

@@ -267,8 +267,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_backward(
         cpu::conv_backward_input(
             {shape, dtype, grad_operand, conv_weight(op, conv_weight_tensor), grad_input.data_ptr()},
             torch_threads());
-    Tensor grad_conv_weight =
-        needs_conv_weight ? output_like(conv_weight_tensor) : nothing(conv_output);
+    Tensor grad_conv_weight = needs_conv_weight ? output_like(conv_weight_tensor) : nothing(conv_output);
     if (needs_conv_weight) {
         cpu::BnCoefficients before;
         cpu::ConvOperand input_operand = plain(input);
