@@ -20,10 +20,11 @@ _bn_act_backward = torch.ops.fastres.conv_bn_act_backward.default
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
-# With fewer channels PyTorch's convolutions are the faster ones: by 1.3 to 2 times at 16, even at 32.
+# With fewer channels PyTorch's convolutions are the faster ones, by 1.3 to 2 times at 16, even at 32; but
+# not of few values, for which it matters that ours is one call for all that follows it as well.
 _LEAST_CHANNELS = 32
-# Of a few values the batch norm takes its sums in double, of which the convolution knows nothing.
-_LEAST_PIXELS = 512
+# The batch norm of one value is an error, and of a few leaves little but rounding errors of the gradients.
+_LEAST_PIXELS = 8
 
 
 class Geometry(NamedTuple):
@@ -65,10 +66,11 @@ def covered(
     same_dtype = input.dtype == weight.dtype == dtype
     if not (same_dtype or (torch.is_autocast_enabled("cpu") and weight.dtype in (dtype, torch.float32))):
         return None
-    if min(weight.size(0), weight.size(1)) < _LEAST_CHANNELS:
-        return None
     batch, channels, height, width = by.output_size(input, weight)
-    if height < 1 or width < 1 or batch * height * width < _LEAST_PIXELS:
+    if min(batch, height, width) < 1 or batch * height * width < _LEAST_PIXELS:
+        return None
+    narrow = min(channels, weight.size(1)) < _LEAST_CHANNELS
+    if narrow and batch * channels * height * width > kernels.few_values:
         return None
     fits = residual is None or (
         residual.shape == (batch, channels, height, width)

@@ -13,6 +13,10 @@ from fastres import _C, composed  # _C registers the ops
 # Whether activations are made again in the backward pass, see fastres.recompute.
 recomputes = True
 
+# Up to so many values of an output on the CPU, calling the ops takes the time and not what they compute: a
+# layer of bn_act takes 0.8x stock PyTorch's speed at 2^11 values, 0.9x at 2^15 and 1.0 to 1.2x at 2^17.
+few_values = 2**16
+
 CUDA = bool(_C.build_info()["cuda"])
 library = Library("fastres", "FRAGMENT")
 _bn_act_forward = torch.ops.fastres.bn_act_forward.default

@@ -5,6 +5,8 @@ of torch.nn.functional wherever they do not: mixed dtypes, strided memory, other
 torch.func transforms, forward-mode AD. Each is also an op, `torch.ops.fastres.<name>`.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastres import composed, convolution
+from fastres import composed, convolution, kernels
 from fastres.kernels import CUDA, accumulation_dtype, bn_act, is_channels_last, library, same_layout
 from fastres.recompute import call_without_keeping, call_without_keeping_values
 
@@ -28,6 +30,10 @@ _kernels = torch.ops.fastres
 _CUDA_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 _CPU_DTYPES = _CUDA_DTYPES | {torch.float64}
 _PLAIN = {Tensor, torch.nn.Parameter}
+
+
+# Told why an op runs as the composition of PyTorch's own, as it does.
+on_composed: Callable[[str], object] | None = None
 
 
 def _is_special(*tensors: Tensor | None) -> bool:
@@ -47,22 +53,26 @@ def _is_special(*tensors: Tensor | None) -> bool:
     return False
 
 
-def _covers_activation(input: Tensor) -> bool:
+def _why_no_kernel(input: Tensor, *others: Tensor | None) -> str | None:
+    """Why no kernel takes this activation; None if one does. `others` are only looked at for their kind."""
+    if _is_special(input, *others):
+        return "a tensor subclass, a transform of torch.func or forward-mode AD is at work"
     device = input.device.type
-    return (
-        input.dtype in (_CPU_DTYPES if device == "cpu" else _CUDA_DTYPES)
-        and (device == "cpu" or (device == "cuda" and CUDA))
-        and input.layout == torch.strided
-        and 2 <= input.dim() <= 5
-        and input.numel() > 0
-        and (input.is_contiguous() or is_channels_last(input))
-    )
+    if not (device == "cpu" or (device == "cuda" and CUDA)):
+        return f"there are no kernels for {device} in this build"
+    if input.dtype not in (_CPU_DTYPES if device == "cpu" else _CUDA_DTYPES):
+        return f"there is no kernel for {str(input.dtype).removeprefix('torch.')} on {device}"
+    if input.layout != torch.strided or not 2 <= input.dim() <= 5 or input.numel() == 0:
+        return "the input is empty, sparse, or not of 2 to 5 dimensions"
+    if not (input.is_contiguous() or is_channels_last(input)):
+        return "the input is neither contiguous nor channels_last"
+    if device == "cpu" and input.numel() <= kernels.few_values and not torch.compiler.is_dynamo_compiling():
+        return f"PyTorch's own operations are as fast on up to {kernels.few_values} values"
+    return None
 
 
-def _covers_channels(
-    channels: int, dtype: torch.dtype, device: torch.device, *vectors: Tensor | None
-) -> bool:
-    """Whether the vectors, None or not, are per-channel ones of an activation of `dtype`."""
+def _why_not_channels(channels: int, dtype: torch.dtype, device: torch.device, *vectors) -> str | None:
+    """Why the vectors, None or not, are not per-channel ones of an activation of `dtype`."""
     dtypes = dtype, accumulation_dtype(dtype)
     for vector in vectors:
         if vector is not None and not (
@@ -72,14 +82,29 @@ def _covers_channels(
             and vector.device == device
             and vector.is_contiguous()
         ):
-            return False
-    return True
+            return "a parameter or running statistic has another dtype, device, size or stride"
+    return None
 
 
-def _covers_residual(residual: Tensor, input: Tensor) -> bool:
-    return (
+def _why_not_residual(residual: Tensor | None, input: Tensor) -> str | None:
+    if residual is None or (
         residual.shape == input.shape and residual.dtype == input.dtype and residual.device == input.device
-    )
+    ):
+        return None
+    return "what is added has another shape, dtype or device"
+
+
+def _why_not_statistics(input: Tensor, running_mean, running_var, training: bool, momentum) -> str | None:
+    if training and input.numel() <= input.size(1):
+        return "there is one value a channel"
+    if not training and (running_mean is None or running_var is None):
+        return "there are no running statistics"
+    return None if isinstance(momentum, (int, float)) else "momentum is not a number"
+
+
+def _tell_composed(reason: str) -> None:
+    if on_composed is not None and not torch.compiler.is_dynamo_compiling():
+        on_composed(reason)
 
 
 def _check_residual(op: str, argument: str, residual: Tensor, input: Tensor) -> None:
@@ -100,19 +125,14 @@ def _bn_act(
     if residual is not None:
         _check_residual(op, "residual", residual, input)
     channel_vectors = (running_mean, running_var, weight, bias)
-    covered = (
-        not _is_special(input, residual, *channel_vectors)
-        and _covers_activation(input)
-        and (residual is None or _covers_residual(residual, input))
-        and _covers_channels(input.size(1), input.dtype, input.device, *channel_vectors)
-        and (
-            input.numel() > input.size(1)
-            if training
-            else running_mean is not None and running_var is not None
-        )
-        and isinstance(momentum, (int, float))
+    reason = (
+        _why_no_kernel(input, residual, *channel_vectors)
+        or _why_not_residual(residual, input)
+        or _why_not_channels(input.size(1), input.dtype, input.device, *channel_vectors)
+        or _why_not_statistics(input, running_mean, running_var, training, momentum)
     )
-    if not covered:
+    if reason is not None:
+        _tell_composed(reason)
         return composed.bn_act(
             input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
         )
@@ -245,13 +265,12 @@ def add_relu(input: Tensor, other: Tensor) -> Tensor:
 
     Reference: torch.relu(input + other).
     """
-    if (
-        not _is_special(input, other)
-        and _covers_activation(input)
-        and _covers_residual(other, input)
-        and same_layout(other, input)
-    ):
+    reason = _why_no_kernel(input, other) or _why_not_residual(other, input)
+    if reason is None and not same_layout(other, input):
+        reason = "what is added has another memory layout"
+    if reason is None:
         return _kernels.add_relu_forward(input, other)
+    _tell_composed(reason)
     return torch.relu(input + other)
 
 
@@ -321,7 +340,7 @@ def conv_bn_relu(
             return output.relu_() if relu else output
     if by is not None and training and conv_bias is None and isinstance(momentum, (int, float)):
         dtype = convolution.compute_dtype(input)
-        if _covers_channels(weight.size(0), dtype, input.device, *channel_vectors):
+        if _why_not_channels(weight.size(0), dtype, input.device, *channel_vectors) is None:
             return call_without_keeping_values(
                 convolution.conv_bn_act,
                 input.to(dtype),

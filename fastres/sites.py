@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,8 +31,9 @@ _INPUT_DIMS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,
 Reason = tuple[nn.Module | None, str]
 
 
-class Record(NamedTuple):
-    """What one call of a site did.
+@dataclass(eq=False)
+class Record:
+    """What one call of a site did; complete once it is over.
 
     Attributes:
         modules: those that the site runs, without the ones that are None.
@@ -48,17 +49,25 @@ class Record(NamedTuple):
 
 
 _listener: Callable[[Record], object] | None = None
+_last: Record | None = None  # of the site that is being called
 
 
 @contextmanager
 def listen(listener: Callable[[Record], object]) -> Iterator[None]:
     """Have `listener` called as each site begins, in this context."""
     global _listener
-    outer, _listener = _listener, listener
+    outer, _listener, ops.on_composed = _listener, listener, _note_composed
     try:
         yield
     finally:
         _listener = outer
+        ops.on_composed = None if outer is None else _note_composed
+
+
+def _note_composed(reason: str) -> None:
+    """The fused op that the last site called is not run by a kernel."""
+    if _last is not None:
+        _last.fused, _last.reason = False, (None, reason)
 
 
 @contextmanager
@@ -284,7 +293,9 @@ def _fused_bn_act(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None, re
 def _tell(op, modules, residual, relu, reason) -> None:
     parts = (op, "add" if residual is not None else "", "relu" if relu else "")
     present = tuple(module for module in modules if module is not None)
-    _listener(Record(present, "_".join(filter(None, parts)), reason is None, reason))
+    global _last
+    _last = Record(present, "_".join(filter(None, parts)), reason is None, reason)
+    _listener(_last)
 
 
 def _add(output: Tensor, residual: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from layers import units
 
-from fastres import _C, convolution
+from fastres import _C, convolution, kernels
 from fastres.recompute import set_recompute
 
 _declared = []  # keeps the library's registrations alive
@@ -51,6 +51,14 @@ def _seed():
     torch.manual_seed(1234)
 
 
+@pytest.fixture(autouse=True)
+def few_values(monkeypatch):
+    """None are too few for the kernels: the tests' tensors are small. The usual number, for tests of it."""
+    usual = kernels.few_values
+    monkeypatch.setattr(kernels, "few_values", 0)
+    return usual
+
+
 @pytest.fixture
 def one_thread():
     before = torch.get_num_threads()
@@ -72,7 +80,6 @@ def isa(request):
 def small_layers(monkeypatch):
     """Run by our convolutions, from wherever they are the faster ones."""
     monkeypatch.setattr(convolution, "_LEAST_CHANNELS", 16)
-    monkeypatch.setattr(convolution, "_LEAST_PIXELS", 512)
 
 
 @pytest.fixture(params=[True, False], ids=["recompute", "keep"])

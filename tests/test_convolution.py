@@ -491,6 +491,19 @@ def test_same_bits_each_time_for_a_number_of_threads(unit, threads):
                 assert torch.equal(a, b), shape
 
 
+def test_same_bits_however_many_threads_share_few_pixels(unit, one_thread):
+    by = Shape(1, 64, 330, (14, 14), (3, 3), (1, 1), (1, 1))  # one box, six blocks of channels or more
+    for shape in (by, by._replace(out_channels=64), by._replace(image=(2, 3))):
+        tensors = shape.tensors(unit)
+        forward = torch.ops.fastres.conv_forward
+        expected = None
+        for threads in (1, 2, 3, 4, 7, 16):
+            torch.set_num_threads(threads)
+            output = forward(*tensors[:2], None, None, shape.stride, shape.padding, shape.dilation, False)
+            expected = output if expected is None else expected
+            assert torch.equal(output, expected), (shape, threads)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # float32 weights beside low-precision activations, as autocast has them
 

@@ -36,6 +36,28 @@ def test_channels_that_fill_no_vector(precision, threads):
     Case(precision, channels=(17, 67), kernel=3, image=(13, 29), dilation=2, padding=(3, 1)).check()
 
 
+@pytest.mark.parametrize(
+    "batch, image", [(1, (3, 3)), (1, (7, 7)), (1, (13, 17)), (2, (11, 12)), (3, (13, 13))], ids=str
+)
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
+def test_few_pixels(precision, batch, image):
+    Case(precision, batch=batch, image=image).check()
+
+
+def test_few_channels_of_few_values(few_values, monkeypatch):
+    monkeypatch.undo()
+    Case(channels=(3, 16), batch=2).check()  # asserts that it runs as one node
+    many = Case(residual=False, channels=(3, 16), batch=few_values // 1024)
+    assert not is_node(ops.conv_bn_relu(**many.leaves(), **many.by))
+
+
+def test_a_single_pixel_is_refused_as_by_stock():
+    case = Case(batch=1, image=(1, 1))
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        ops.conv_bn_relu(**case.leaves(), **case.by)
+    assert torch.equal(case.leaves()["running_mean"], case.values["running_mean"])
+
+
 def test_without_parameters_and_statistics():
     case = Case()
     for name in ("bn_weight", "bn_bias"):

@@ -20,6 +20,10 @@ namespace {
 
 using Ints = std::vector<int64_t>;
 
+// Of fewer pixels the batch norm takes its sums itself, in double: the convolution's are float, whose
+// errors do not average out in a few values.
+constexpr int64_t kLeastRowsOfMoments = 512;
+
 Axes axes(const char* op, const char* argument, const Ints& values, int64_t least) {
     if (values.size() != 2 || values[0] < least || values[1] < least)
         fail(op, std::string(argument) + " takes two integers of at least " + std::to_string(least));
@@ -195,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_forward(
 
     std::vector<bn_math::Moments<double>> moments(norm.shape.channels);
     conv.output = conv_output.data_ptr();
-    conv.moments = moments.data();
+    conv.moments = norm.shape.rows() < kLeastRowsOfMoments ? nullptr : moments.data();
     cpu::conv_forward(conv, torch_threads());
 
     Tensor output = output_like(conv_output);
@@ -207,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_forward(
     norm.save_mean = save_mean.data_ptr();
     norm.save_rstd = save_rstd.data_ptr();
     norm.statistics = Statistics::batch;
-    norm.moments = moments.data();
+    norm.moments = conv.moments;
     norm.relu = relu;
     norm.momentum = momentum;
     norm.eps = eps;

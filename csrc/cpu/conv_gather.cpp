@@ -1,5 +1,6 @@
 // The output of a convolution and the gradient of its input: each pixel gathers its neighbours' products.
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "cpu/conv_box.h"
@@ -74,8 +75,8 @@ class GatherLoop {
         float* weight = packed.floats(n_blocks_ * taps_ * k_words_ * kernels_.block);
         pool_.for_each(n_blocks_, [&](int64_t n_block) { pack(n_block, weight); });
 
-        const Boxes boxes(args_.batch, args_.grid, kPixelsOfBox);
-        const int64_t chunks = ceil_div(n_blocks_, kBlocksOfChunk);
+        const Boxes boxes(args_.batch, args_.grid, pixels_of_box());
+        const int64_t chunks = chunks_of(boxes.count());
         std::vector<Moments> moments(args_.moments ? boxes.count() * args_.out_channels : 0);
         pool_.for_each(boxes.count() * chunks, [&](int64_t task) {
             static thread_local Workspace workspace;
@@ -91,7 +92,29 @@ class GatherLoop {
   private:
     using Moments = bn_math::Moments<double>;
 
-    static constexpr int64_t kBlocksOfChunk = 8, kPixelsOfBox = 200;
+    // Smaller boxes only where there would be too little for each thread, however the channels are cut.
+    int64_t pixels_of_box() const {
+        constexpr int64_t usual = 200, least = 28;
+        const int64_t pixels = args_.batch * args_.grid.h * args_.grid.w;
+        const int64_t boxes_wanted = ceil_div(pool_.threads(), n_blocks_);
+        return std::clamp(pixels / boxes_wanted, least, usual);
+    }
+
+    // A box's input is loaded again for each chunk of output channels: more than the caches ask for pay
+    // where threads would idle.
+    int64_t chunks_of(int64_t boxes) const {
+        constexpr int64_t most_blocks = 8;
+        constexpr double most_idle = 0.2;
+        const auto idle = [&](int64_t chunks) {
+            const double rounds = static_cast<double>(boxes * chunks) / pool_.threads();
+            return 1 - rounds / std::ceil(rounds);
+        };
+        const int64_t usual = ceil_div(n_blocks_, most_blocks);
+        int64_t best = usual;
+        for (int64_t chunks = usual; chunks <= n_blocks_ && idle(best) > most_idle; ++chunks)
+            if (idle(chunks) < idle(best)) best = chunks;
+        return best;
+    }
 
     // In the order of the boxes, whoever computed them.
     void merge(const std::vector<Moments>& moments, int64_t boxes) const {
@@ -109,9 +132,13 @@ class GatherLoop {
     int64_t pixel_bytes() const { return args_.out_channels * size_of(args_.dtype); }
 
     int64_t block_of_k() const {
-        constexpr int64_t most_words = 256, most_steps = 640;
+        // Of few pixels PyTorch's sums are the more exact ones, and the batch norm's errors hide less.
+        constexpr int64_t few_pixels = 512;
+        const bool exact =
+            args_.dtype != Dtype::bf16 && args_.batch * args_.grid.h * args_.grid.w < few_pixels;
+        const int64_t least_words = exact ? 16 : 32, most_words = 256, most_steps = exact ? 160 : 640;
         const int64_t most =
-            std::max<int64_t>(32, std::min(most_words, most_steps / std::max<int64_t>(1, taps_)));
+            std::max(least_words, std::min(most_words, most_steps / std::max<int64_t>(1, taps_)));
         return ceil_div(k_words_, ceil_div(k_words_, most));
     }
 
