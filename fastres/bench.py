@@ -61,9 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    threads, cudnn_benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    threads = torch.get_num_threads()
     try:
-        torch.backends.cudnn.benchmark = True  # stock PyTorch at its best: warming up tries the algorithms
         against = check(arguments)
         with shown("steps", steps(arguments, against)) as advance:
             result = measure(arguments, against, advance)
@@ -75,7 +74,6 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     finally:
         torch.set_num_threads(threads)
-        torch.backends.cudnn.benchmark = cudnn_benchmark
     return 0
 
 
@@ -100,21 +98,32 @@ def measure(
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    variants = {name: Variant(name, arguments) for name in ("fused", *against)}
-    for variant in variants.values():
-        variant.warm_up(advance)
-    seconds = interleave({n: v.step for n, v in variants.items()}, arguments.repeat, device, advance)
-    machine = Machine.at_hand(device)  # now, while the GPU still has its clocks
     breakdown = {}
-    if arguments.breakdown:
-        for name, variant in variants.items():
-            breakdown[name] = {"seconds": time_by_part(variant.step, device)}
-            advance()
-            if arguments.mode == "train":
-                breakdown[name]["saved_bytes"] = variant.saved_bytes()
-            advance()
+    with _cudnn_benchmark():
+        variants = {name: Variant(name, arguments) for name in ("fused", *against)}
+        for variant in variants.values():
+            variant.warm_up(advance)
+        seconds = interleave({n: v.step for n, v in variants.items()}, arguments.repeat, device, advance)
+        machine = Machine.at_hand(device)  # now, while the GPU still has its clocks
+        if arguments.breakdown:
+            for name, variant in variants.items():
+                breakdown[name] = {"seconds": time_by_part(variant.step, device)}
+                advance()
+                if arguments.mode == "train":
+                    breakdown[name]["saved_bytes"] = variant.saved_bytes()
+                advance()
     settings = {name: getattr(arguments, name) for name in _SETTINGS}
     return _result(settings, machine, seconds, breakdown, variants)
+
+
+@contextlib.contextmanager
+def _cudnn_benchmark() -> Iterator[None]:
+    """Stock PyTorch at its best: warming up tries the algorithms."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 _SETTINGS = ("model", "batch", "image_size", "dtype", "device", "mode", "contiguous", "repeat")

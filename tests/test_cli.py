@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -47,7 +48,14 @@ def test_explain_prints_each_block(capsys):
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("arguments", ["--version", "explain --model cifar_resnet20 --image-size 16"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--version",
+        "explain --model cifar_resnet20 --image-size 16",
+        f"profile --from {Path(__file__).with_name('profile.json')}",
+    ],
+)
 def test_a_reader_that_went_away(arguments, unbuffered):
     command = [sys.executable, "-m", "fastres", *arguments.split()]
     env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
@@ -55,6 +63,21 @@ def test_a_reader_that_went_away(arguments, unbuffered):
     run.stdout.close()
     assert run.stderr.read() == ""
     assert run.wait() == 1
+
+
+@pytest.mark.parametrize("measuring", ["profile", "sweep"])
+def test_files_are_written_though_the_reader_went_away(measuring, tmp_path):
+    page, out = tmp_path / "page.html", tmp_path / "sweep.json"
+    arguments = {
+        "profile": f"--from {Path(__file__).with_name('profile.json')} --html {page}",
+        "sweep": "--model cifar_resnet20 --batch 2 --image-size 8 --repeat 1 --threads 1 --dtype fp32 "
+        f"--out {out} --html {page}",
+    }[measuring]
+    command = [sys.executable, "-m", "fastres", measuring, *arguments.split()]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run.stdout.close()
+    assert "BrokenPipe" not in run.stderr.read() and run.wait() == 1
+    assert page.read_text().startswith("<!doctype html>")
 
 
 def test_import_loads_nothing_heavy():

@@ -151,13 +151,56 @@ def test_refuses_to_go_on_with_another_machines(tmp_path, measured, capsys):
     assert "was measured with cpu another in place of" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"fastres_sweep": 1, "cells": [3]}', "\x00"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{}",
+        "[]",
+        '{"fastres_sweep": 1, "cells": [3]}',
+        "\x00",
+        "9" * 5000,
+        '{"fastres_sweep": 1, "cells": 3}',
+    ],
+)
 def test_leaves_a_file_that_is_no_sweep_alone(tmp_path, measured, capsys, content):
     path = tmp_path / "sweep.json"
     path.write_text(content)
     assert sweep(path) == 2
     assert "is no file that `fastres sweep` wrote" in capsys.readouterr().err
     assert path.read_text() == content and not measured
+
+
+@pytest.mark.parametrize("result", ["null", '"fast"', "{}", '{"speedup": {}}', '{"speedup": {"eager": 3}}'])
+def test_leaves_a_file_with_a_broken_cell_alone(tmp_path, measured, capsys, result):
+    path = tmp_path / "sweep.json"
+    assert sweep(path) == 0
+    content = json.loads(path.read_text())
+    content["cells"][0]["result"] = json.loads(result)
+    path.write_text(json.dumps(content))
+    assert sweep(path) == 2
+    assert "is no file that `fastres sweep` wrote" in capsys.readouterr().err
+    assert json.loads(path.read_text()) == content
+
+
+def test_cells_are_compiled_one_like_the_other(tmp_path):
+    """A forward is compiled anew for few sizes only; beyond, torch.compile would run as eager does."""
+    path = tmp_path / "sweep.json"
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        assert sweep(path, "--against compile", batch="2,3,4") == 0
+    assert ["error" in cell["result"] for cell in json.loads(path.read_text())["cells"]] == [False] * 3
+
+
+def test_measures_stock_with_the_best_of_cudnns_algorithms(tmp_path, monkeypatch):
+    seen, interleave = [], bench.interleave
+
+    def noting(*arguments):
+        seen.append(torch.backends.cudnn.benchmark)
+        return interleave(*arguments)
+
+    monkeypatch.setattr(bench, "interleave", noting)
+    assert sweep(tmp_path / "sweep.json") == 0
+    assert seen == [True] and not torch.backends.cudnn.benchmark
 
 
 @pytest.mark.parametrize(
@@ -201,7 +244,7 @@ def test_says_faster_and_slower_alike():
         "(worst 0.60x: m, batch 5, 8 px, fp32, 1 thread), within the noise in 1, unable to run in 1."
     )
     page = html(result, grid)
-    assert all(text.replace(" ", "<br>", 1) in page for text in labels)
+    assert all(text.replace(" ", "<br>", 2) in page for text in labels)
 
 
 def test_the_page_in_a_browser(browser, tmp_path):

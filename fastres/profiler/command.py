@@ -58,11 +58,15 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.compare is not None:
             return _compare(*arguments.compare, arguments.fail_above)
         result = _measure(arguments) if arguments.source is None else Profile.read(arguments.source)
-        result.show()
-        if arguments.json is not None:
-            result.to_json(arguments.json)
-        if arguments.html is not None:
-            result.to_html(arguments.html)
+        try:
+            if arguments.json is not None:
+                result.to_json(arguments.json)
+            if arguments.html is not None:
+                result.to_html(arguments.html)
+        finally:
+            result.show()
+    except BrokenPipeError:  # nobody reads what is shown
+        raise
     except (ValueError, OSError) as error:
         print(f"fastres profile: {error}", file=sys.stderr)
         return 2

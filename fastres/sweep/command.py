@@ -47,11 +47,15 @@ def run(arguments: argparse.Namespace) -> int:
         grid = _grid(arguments)
         sweep = _begun(arguments, grid)
         _measure(sweep, grid, arguments)
-        show(sweep, grid)
-        if arguments.html is not None:
-            from fastres.sweep.heat_map import write
+        try:
+            if arguments.html is not None:
+                from fastres.sweep.heat_map import write
 
-            write(sweep, grid, arguments.html)
+                write(sweep, grid, arguments.html)
+        finally:
+            show(sweep, grid)
+    except BrokenPipeError:  # nobody reads what is shown
+        raise
     except (SweepError, bench.BenchError, OSError) as error:
         print(f"fastres sweep: {error}", file=sys.stderr)
         return 2
@@ -159,6 +163,8 @@ def _result(settings: argparse.Namespace, advance: Callable[[], object]) -> dict
     except (bench.BenchError, RuntimeError, MemoryError) as error:
         return {"error": str(error).partition("\n")[0] or type(error).__name__}
     finally:
+        if "compile" in settings.against:
+            torch.compiler.reset()  # else one process compiles a model's forward for a few cells only
         gc.collect()
         memory.empty_cache()
         if settings.device == "cuda":

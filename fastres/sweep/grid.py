@@ -74,7 +74,9 @@ class Sweep:
             version = data["fastres_sweep"]
             results = {Cell(**cell["cell"]): cell["result"] for cell in data["cells"]}
             kept = {**data["settings"], **data["machine"]}
-        except (ValueError, KeyError, TypeError):
+            for result in results.values():
+                _check(result, kept["against"].split(","))
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise SweepError(f"{path}: is no file that `fastres sweep` wrote") from None
         if version != VERSION:
             raise SweepError(f"{path}: is of version {version} of the sweeps, expected {VERSION}")
@@ -103,3 +105,16 @@ class Sweep:
         with replaced(path) as file:
             json.dump(data, file, indent=1)
             file.write("\n")
+
+
+def _check(result: dict, against: list[str]) -> None:
+    """
+    Raises:
+        KeyError, TypeError, ValueError: it is no cell's.
+    """
+    if "error" in result:
+        return
+    for name in against:
+        for value in (*result["speedup"][name].values(), result["images_per_second"][name]):
+            if not value > 0:
+                raise ValueError(value)

@@ -66,7 +66,7 @@ def _figure(matrix: dict[tuple[int, int], dict], most: float) -> dict:
     sizes = list(dict.fromkeys(size for _, size in matrix))
     batches = list(dict.fromkeys(batch for batch, _ in matrix))
     rows = [[matrix[batch, size] for size in sizes] for batch in batches]
-    words = [[label(s).replace(" ", "<br>", 1) for s in row] for row in rows]
+    words = [[label(s).replace(" ", "<br>", 2) for s in row] for row in rows]
     return {
         "data": [
             {
