@@ -28,6 +28,14 @@ def unit(request):
     _C.select_cpu_isa(before)
 
 
+@pytest.fixture(params=["direct", "winograd"])
+def three_by_three(request):
+    """How 3x3 convolutions are multiplied, small ones as well; and shapes that have a part in it."""
+    _C.use_winograd("possible" if request.param == "winograd" else "faster")
+    yield WINOGRAD_SHAPES if request.param == "winograd" else SHAPES
+    _C.use_winograd("faster")
+
+
 @pytest.fixture(params=[1, 2], ids=["1_thread", "2_threads"])
 def threads(request, one_thread):
     torch.set_num_threads(request.param)
@@ -137,6 +145,21 @@ SHAPES = [
     Shape(5, 16, 16, (20, 20), (3, 3), (2, 2), (1, 1)),  # several boxes of images
 ]
 SHAPES = [shape for shape in SHAPES if min(shape.out) > 0]
+WINOGRAD_SHAPES = [
+    Shape(batch, inputs, outputs, image, (3, 3), (1, 1), padding)
+    for batch, inputs, outputs, image, padding in [
+        (2, 16, 64, (7, 9), (1, 1)),
+        (3, 65, 70, (6, 5), (0, 0)),
+        (2, 130, 65, (13, 31), (2, 1)),
+        (1, 20, 33, (3, 130), (1, 1)),  # a row of tiles is more than a box
+        (6, 33, 20, (8, 8), (1, 0)),  # several boxes of images
+        (1, 300, 16, (5, 4), (1, 1)),  # input channels in several parts
+        (2, 16, 300, (16, 24), (1, 1)),  # so many pixels that the weights' gradient is made so, too
+        (1, 70, 70, (29, 31), (1, 1)),
+        (2, 5, 3, (1, 1), (1, 1)),
+        (1, 3, 5, (2, 3), (3, 4)),
+    ]
+]
 
 
 def resnet50(image: int) -> list[Shape]:
@@ -267,10 +290,10 @@ def failures(values, shape: Shape, dtype: torch.dtype, least_error: bool) -> lis
 LAYOUTS = torch.contiguous_format, torch.channels_last
 
 
-def test_any_shape(unit, threads):
+def test_any_shape(unit, threads, three_by_three):
     """In each layout of the weight."""
     found = []
-    for index, shape in enumerate(SHAPES if threads == 1 else SHAPES[::3]):
+    for index, shape in enumerate(three_by_three if threads == 1 else three_by_three[::3]):
         input, weight, grad = shape.tensors(unit)
         for layout in LAYOUTS if threads == 1 else LAYOUTS[index % 2 :][:1]:
             with poisoned():
@@ -341,7 +364,7 @@ EPILOGUE_SHAPES = [
 @pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
-def test_epilogue_equals_its_parts(unit, bias, residual, relu):
+def test_epilogue_equals_its_parts(unit, bias, residual, relu, three_by_three):
     for shape in EPILOGUE_SHAPES:
         input, weight, other = shape.tensors(unit)
         vector = torch.randn(shape.out_channels) if bias else None
@@ -367,15 +390,15 @@ def test_epilogue_equals_its_parts(unit, bias, residual, relu):
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e3], ids=["centred", "far_from_zero"])
-def test_statistics_of_the_output(unit, threads, mean):
+def test_statistics_of_the_output(unit, threads, mean, three_by_three):
     """Those of what was stored, summed about a value of the box: the spread counts, not the mean."""
-    most_pixels_of_a_box = 256
+    most_pixels_of_a_box = 256 if three_by_three is SHAPES else 512
     for shape in [
         Shape(2, 16, 65, (9, 7), (1, 1)),
         Shape(2, 130, 64, (12, 21), (1, 1)),
         Shape(5, 16, 16, (21, 21), (3, 3), (2, 2)),
         Shape(1, 16, 70, (2, 300), (1, 3)),
-        *([] if mean else SHAPES[:: 6 * threads]),
+        *([] if mean else SHAPES[:: 6 * threads] if three_by_three is SHAPES else three_by_three),
     ]:
         if shape.terms[2] < 2:
             continue
@@ -398,9 +421,10 @@ def test_statistics_of_the_output(unit, threads, mean):
         assert (error <= 3 * relative * spread.square() + 1e-15).all(), shape
 
 
-def test_the_activation_before_is_made_in_the_loads(unit, threads):
+def test_the_activation_before_is_made_in_the_loads(unit, threads, three_by_three):
     """As where it is read from memory, to the bit."""
-    for shape in SHAPES[:: 7 * threads]:
+    some = SHAPES[:: 7 * threads] if three_by_three is SHAPES else three_by_three
+    for shape in some:
         if shape.terms[2] < 2 or shape.batch * math.prod(shape.image) < 2:
             continue
         before, conv_weight, grad = shape.tensors(unit)
@@ -459,6 +483,25 @@ def test_nan_and_inf_go_where_they_are_multiplied(unit, shape, value):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_winograds_sums_of_what_is_not_finite(value):
+    """They are not finite where stock's are not; differences of infinities are NaN."""
+    _C.use_winograd("possible")
+    try:
+        for shape in WINOGRAD_SHAPES[:5:2]:
+            for place in ((0, 0, 0, 0), (1, 3, 2, 1), (1, 4, 5, 3)):
+                tensors = shape.tensors(torch.float32)
+                for changed, direction in ((0, 0), (2, 1)):
+                    before = tensors[changed][place].clone()
+                    tensors[changed][place] = value
+                    exact = stock(*(t.double() for t in tensors), shape)[direction]
+                    result = ours(*tensors, shape)[direction]
+                    assert torch.equal(result.isfinite(), exact.isfinite()), (shape, place, direction)
+                    tensors[changed][place] = before
+    finally:
+        _C.use_winograd("faster")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_one_channels_nan_does_not_reach_the_others(unit, value):
     """In the gradient of the weight, whose sums take the zeros around the image along."""
     shape = Shape(2, 65, 70, (5, 6), (3, 3), (1, 1), (1, 1))
@@ -470,10 +513,11 @@ def test_one_channels_nan_does_not_reach_the_others(unit, value):
     assert not result[69, 0].isfinite().all() and not result[0, 64].isfinite().any()
 
 
-def test_what_an_earlier_call_left_in_memory_has_no_part(unit, threads):
+def test_what_an_earlier_call_left_in_memory_has_no_part(unit, threads, three_by_three):
     large = Shape(5, 130, 130, (9, 9), (3, 3), (1, 1), (1, 1))
     nan = [torch.full_like(t, float("nan")) for t in large.tensors(unit)]
-    small = [shape for shape in SHAPES if shape.terms[2] < 400][:: threads * 4]
+    small = [shape for shape in three_by_three if shape.terms[2] < 400]
+    small = small[:: threads * 4] if three_by_three is SHAPES else small
     before = [ours(*shape.tensors(unit), shape) for shape in small]
     for shape, expected in zip(small, before, strict=True):
         if shape in small[::4]:
@@ -482,8 +526,8 @@ def test_what_an_earlier_call_left_in_memory_has_no_part(unit, threads):
             assert torch.equal(result, first), shape
 
 
-def test_same_bits_each_time_for_a_number_of_threads(unit, threads):
-    for shape in [*SHAPES[::16], *resnet50(32)[3::8]]:
+def test_same_bits_each_time_for_a_number_of_threads(unit, threads, three_by_three):
+    for shape in [*three_by_three[::16], *three_by_three[:6], *resnet50(32)[3::8]]:
         tensors = shape.tensors(unit)
         first = ours(*tensors, shape)
         for _ in range(2):

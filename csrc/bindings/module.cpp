@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bindings/tensor.h"
+#include "cpu/conv_winograd.h"
 #include "cpu/isa.h"
 #include "cpu/memory_pool.h"
 #if defined(FASTRES_CUDA)
@@ -36,7 +37,8 @@ std::vector<std::string> kernels() {
              {"bn_moments", "bn_apply", "bn_reduce", "bn_input_grad", "add_relu", "add_relu_grad"})
             add(unit, kernel);
         if (unit->convolution[static_cast<int>(fastres::Dtype::f32)])
-            for (const char* kernel : {"conv_multiply", "conv_load", "conv_store", "conv_pack_weight"})
+            for (const char* kernel :
+                 {"conv_multiply", "conv_load", "conv_store", "conv_pack_weight", "conv_transform"})
                 add(unit, kernel);
     }
 #if defined(FASTRES_CUDA)
@@ -70,6 +72,20 @@ PYBIND11_MODULE(_C, module) {
             return false;
         },
         py::arg("dtype"), "Whether the instruction set in use has convolutions of this dtype.");
+    module.def(
+        "use_winograd",
+        [](const std::string& where) {
+            using fastres::cpu::WinogradUse;
+            if (where != "faster" && where != "possible" && where != "never")
+                throw std::invalid_argument("where is '" + where + "', expected faster, possible or never");
+            fastres::cpu::use_winograd(where == "faster"     ? WinogradUse::where_faster
+                                       : where == "possible" ? WinogradUse::wherever_possible
+                                                             : WinogradUse::never);
+        },
+        py::arg("where"),
+        "Multiply 3x3 convolutions of float32 and float16 by Winograd's algorithm where that is 'faster' "
+        "(the "
+        "default), wherever it is 'possible', or 'never'.");
     module.def(
         "keep_memory", &fastres::bindings::keep_memory, py::arg("keep"),
         "Whether large results of CPU kernels come from memory that is kept; tells whether they did.");

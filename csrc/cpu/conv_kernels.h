@@ -78,6 +78,15 @@ struct WeightBlock {
     int64_t k, n, k_stride, n_stride;
 };
 
+// A matrix of vectors, `count` floats each, to one that a linear map makes of it.
+struct MatrixTransform {
+    const float* in;
+    int64_t in_row, in_column;  // floats from one to the next
+    float* out;
+    int64_t out_row, out_column;
+    int64_t count;
+};
+
 struct ConvKernels {
     int pack;
     int block;      // lanes of a tile, in vectors of block / vectors
@@ -94,6 +103,12 @@ struct ConvKernels {
     // [k][n] = sums[k][n], whose rows are sums_stride apart
     void (*unpack_weight)(const float* sums, int64_t sums_stride, const WeightBlock&);
     void (*store)(const StoreTile&);
+    // Winograd's, of float words: 4x4 -> 4x4, 3x3 -> 4x4, 4x4 -> 2x2, 2x2 -> 4x4, 4x4 -> 3x3.
+    void (*transform_input)(const MatrixTransform&);
+    void (*transform_weight)(const MatrixTransform&);
+    void (*transform_output)(const MatrixTransform&);
+    void (*transform_output_grad)(const MatrixTransform&);
+    void (*transform_weight_grad)(const MatrixTransform&);
 };
 
 }  // namespace fastres::cpu

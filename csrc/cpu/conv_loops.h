@@ -4,6 +4,7 @@
 #include "cpu/conv_load.h"
 #include "cpu/conv_multiply.h"
 #include "cpu/conv_store.h"
+#include "cpu/conv_transform.h"
 #include "cpu/conv_weights.h"
 
 namespace fastres::cpu::FASTRES_ISA {
@@ -27,7 +28,12 @@ constexpr ConvKernels conv_kernels() {
             load_pixels<Words, T>,
             pack_weight<Words, block>,
             unpack_weight,
-            store_tile<T>};
+            store_tile<T>,
+            transform<InputMap>,
+            transform<WeightMap>,
+            transform<OutputMap>,
+            transform<OutputGradMap>,
+            transform<WeightGradMap>};
 }
 
 }  // namespace fastres::cpu::FASTRES_ISA

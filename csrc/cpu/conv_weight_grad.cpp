@@ -1,58 +1,30 @@
 // The gradient of a convolution's weights: products of the input and the output's gradient, summed over the
 // pixels.
-#include <algorithm>
+#include "cpu/conv_weight_grad.h"
+
 #include <vector>
 
-#include "cpu/conv_box.h"
-#include "cpu/conv_rows.h"
-#include "cpu/convolution.h"
-#include "cpu/isa.h"
-#include "cpu/pointer.h"
+#include "cpu/conv_winograd.h"
 #include "cpu/prefetch.h"
-#include "cpu/workspace.h"
 
 namespace fastres::cpu {
 namespace {
 
-// A part of the weights, whose sums one thread keeps in its cache while it walks over the pixels.
-struct Chunk {
-    Range in_channels, out_channels;
-};
-
-class WeightGradLoop {
+class DirectLoop : WeightGradTasks {
   public:
-    WeightGradLoop(const ConvBackwardWeight& args, const ThreadPool& pool)
-        : args_(args),
-          shape_(flattened(args.shape)),
-          pool_(pool),
-          kernels_(*convolution_kernels(args.dtype)),
-          taps_(shape_.kernel.h * shape_.kernel.w),
-          row_step_(shape_.kernel.h == 1 ? shape_.stride.h : 1) {}
+    DirectLoop(const ConvBackwardWeight& args, const ThreadPool& pool)
+        : WeightGradTasks(args, flattened(args.shape), args.shape.kernel.h * args.shape.kernel.w, pool),
+          row_step_(shape_.kernel.h == 1 ? shape_.stride.h : 1),
+          in_width_(std::min<int64_t>(kernels_.block, shape_.in_channels)) {}
 
-    void run() {
-        cut();
+    void run() const {
         const Boxes boxes(shape_.batch, shape_.out, pixels_of_box());
-        const int64_t chunks = in_chunks_ * out_chunks_;
-        const int64_t parts = std::max<int64_t>(1, std::min(boxes.count(), pool_.threads() / chunks));
-        const int64_t chunk_words = taps_ * in_chunk_ * out_chunk_;
-        static thread_local Workspace partial;
-        float* partial_sums = parts > 1 ? partial.floats(parts * chunks * chunk_words) : nullptr;
-        pool_.for_each(chunks * parts, [&](int64_t task) {
-            static thread_local Workspace workspace;
-            const Chunk chunk = chunk_of(task / parts);
-            float* words = workspace.floats(chunk_words + words_of_operands(boxes));
-            float* sums = partial_sums ? partial_sums + task * chunk_words : words;
-            sum(boxes, part(boxes.count(), parts, task % parts), chunk, words + chunk_words, sums);
-            if (!partial_sums) store(chunk, sums);
-        });
-        if (!partial_sums) return;
-        pool_.for_each(chunks, [&](int64_t index) {
-            const Chunk chunk = chunk_of(index);
-            float* sums = partial_sums + index * parts * chunk_words;
-            for (int64_t p = 1; p < parts; ++p)
-                for (int64_t i = 0; i < chunk_words; ++i) sums[i] += sums[p * chunk_words + i];
-            store(chunk, sums);
-        });
+        WeightGradTasks::run(
+            boxes, words_of_operands(boxes),
+            [&](const Boxes& boxes, Range range, const Chunk& chunk, float* words, float* sums) {
+                sum(boxes, range, chunk, words, sums);
+            },
+            [&](const Chunk& chunk, const float* sums) { store(chunk, sums); });
     }
 
   private:
@@ -73,29 +45,6 @@ class WeightGradLoop {
             shape.batch = 1;
         }
         return shape;
-    }
-
-    void cut() {
-        constexpr int64_t most_words = 80 * 1024;
-        const int64_t block = kernels_.block;
-        const auto blocks = [&](int64_t channels) { return ceil_div(channels, block); };
-        const int64_t most_blocks = std::max<int64_t>(1, most_words / (taps_ * block * block));
-        in_width_ = std::min(block, shape_.in_channels);
-        // As square as can be: each operand is loaded once for each chunk of the other's channels.
-        int64_t out_blocks = std::min(blocks(shape_.out_channels), most_blocks);
-        int64_t in_blocks = std::min(blocks(shape_.in_channels), most_blocks);
-        while (in_blocks * out_blocks > most_blocks)
-            (in_blocks >= out_blocks ? in_blocks : out_blocks) -= 1;
-        in_chunks_ = ceil_div(blocks(shape_.in_channels), in_blocks);
-        out_chunks_ = ceil_div(blocks(shape_.out_channels), out_blocks);
-        in_chunk_ = in_blocks * block;
-        out_chunk_ = out_blocks * block;
-    }
-
-    Chunk chunk_of(int64_t index) const {
-        const Range in = part(shape_.in_channels, in_chunks_, index / out_chunks_, kernels_.block);
-        const Range out = part(shape_.out_channels, out_chunks_, index % out_chunks_, kernels_.block);
-        return {in, out};
     }
 
     int64_t steps(int64_t columns) const { return ceil_div(columns, kernels_.pack); }
@@ -126,7 +75,6 @@ class WeightGradLoop {
 
     // sums[tap][in channel][out channel] over some boxes
     void sum(const Boxes& boxes, Range range, const Chunk& chunk, float* words, float* sums) const {
-        if (range.size() == 0) std::fill_n(sums, taps_ * in_chunk_ * out_chunk_, 0.0f);
         for (int64_t index = range.begin; index < range.end; ++index) {
             const Box box = boxes[index];
             Prefetch prefetch;
@@ -261,36 +209,21 @@ class WeightGradLoop {
                    });
     }
 
-    void store(const Chunk& chunk, const float* sums) const {
-        for (int64_t kh = 0; kh < shape_.kernel.h; ++kh) {
-            for (int64_t kw = 0; kw < shape_.kernel.w; ++kw) {
-                const ConvWeight& weight = args_.grad_weight;
-                const int64_t tap = kh * shape_.kernel.w + kw;
-                const int64_t element = chunk.in_channels.begin * weight.stride_in +
-                                        chunk.out_channels.begin * weight.stride_out +
-                                        kh * weight.stride_h + kw * weight.stride_w;
-                kernels_.unpack_weight(sums + tap * in_chunk_ * out_chunk_, out_chunk_,
-                                       {static_cast<char*>(weight.data) + element * size_of(weight.dtype),
-                                        weight.dtype, chunk.in_channels.size(), chunk.out_channels.size(),
-                                        weight.stride_in, weight.stride_out});
-            }
-        }
-    }
-
-    const ConvBackwardWeight& args_;
-    const Conv2d shape_;
-    const ThreadPool& pool_;
-    const ConvKernels& kernels_;
-    const int64_t taps_;
     const int64_t row_step_;  // input rows from one row of a patch to the next
-    int64_t in_width_ = 0;    // words of a step of the input
-    int64_t in_chunk_ = 0, out_chunk_ = 0, in_chunks_ = 0, out_chunks_ = 0;
+    const int64_t in_width_;  // words of a step of the input
 };
 
 }  // namespace
 
 void conv_backward_weight(const ConvBackwardWeight& args, const ThreadPool& pool) {
-    WeightGradLoop(args, pool).run();
+    const Conv2d& shape = args.shape;
+    const auto is = [](Axes axes, int64_t value) { return axes.h == value && axes.w == value; };
+    constexpr int64_t least_pixels = 768;  // of fewer it is no faster, and PyTorch's sums are exact
+    const bool winograd = is(shape.kernel, 3) && is(shape.stride, 1) && is(shape.dilation, 1) &&
+                          winograd_pays(*convolution_kernels(args.dtype), shape.batch, shape.out,
+                                        shape.in_channels, shape.out_channels, least_pixels);
+    if (winograd) return weight_grad_by_winograd(args, pool);
+    DirectLoop(args, pool).run();
 }
 
 }  // namespace fastres::cpu

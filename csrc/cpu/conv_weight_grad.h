@@ -1,0 +1,116 @@
+// What the ways to the gradient of the weights have in common: a thread keeps the sums of some channels'
+// weights in its cache while it walks over the pixels.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/conv_box.h"
+#include "cpu/conv_rows.h"
+#include "cpu/convolution.h"
+#include "cpu/isa.h"
+#include "cpu/pointer.h"
+#include "cpu/workspace.h"
+
+namespace fastres::cpu {
+
+// A part of the weights, whose sums one thread keeps in its cache while it walks over the pixels.
+struct Chunk {
+    Range in_channels, out_channels;
+};
+
+class WeightGradTasks {
+  protected:
+    // Sums of `products` for each pair of channels.
+    WeightGradTasks(const ConvBackwardWeight& args, const Conv2d& shape, int64_t products,
+                    const ThreadPool& pool)
+        : args_(args),
+          shape_(shape),
+          pool_(pool),
+          kernels_(*convolution_kernels(args.dtype)),
+          taps_(shape.kernel.h * shape.kernel.w),
+          products_(products) {
+        cut();
+    }
+
+    // Calls sum(boxes, range, chunk, words, sums): sums[product][in channel][out channel] over some boxes,
+    // in `words` of memory; and store(chunk, sums) when they are complete.
+    template <class Sum, class Store>
+    void run(const Boxes& boxes, int64_t words_of_sum, const Sum& sum, const Store& store) const {
+        const int64_t chunks = in_chunks_ * out_chunks_;
+        const int64_t parts = std::max<int64_t>(1, std::min(boxes.count(), pool_.threads() / chunks));
+        const int64_t chunk_words = products_ * in_chunk_ * out_chunk_;
+        static thread_local Workspace partial;
+        float* partial_sums = parts > 1 ? partial.floats(parts * chunks * chunk_words) : nullptr;
+        pool_.for_each(chunks * parts, [&](int64_t task) {
+            static thread_local Workspace workspace;
+            const Chunk chunk = chunk_of(task / parts);
+            float* words = workspace.floats(chunk_words + words_of_sum);
+            float* sums = partial_sums ? partial_sums + task * chunk_words : words;
+            const Range range = part(boxes.count(), parts, task % parts);
+            if (range.size() == 0) std::fill_n(sums, chunk_words, 0.0f);
+            sum(boxes, range, chunk, words + chunk_words, sums);
+            if (!partial_sums) store(chunk, sums);
+        });
+        if (!partial_sums) return;
+        pool_.for_each(chunks, [&](int64_t index) {
+            float* sums = partial_sums + index * parts * chunk_words;
+            for (int64_t p = 1; p < parts; ++p)
+                for (int64_t i = 0; i < chunk_words; ++i) sums[i] += sums[p * chunk_words + i];
+            store(chunk_of(index), sums);
+        });
+    }
+
+    // From sums[tap][in channel][out channel].
+    void store(const Chunk& chunk, const float* sums) const {
+        for (int64_t kh = 0; kh < shape_.kernel.h; ++kh) {
+            for (int64_t kw = 0; kw < shape_.kernel.w; ++kw) {
+                const ConvWeight& weight = args_.grad_weight;
+                const int64_t tap = kh * shape_.kernel.w + kw;
+                const int64_t element = chunk.in_channels.begin * weight.stride_in +
+                                        chunk.out_channels.begin * weight.stride_out +
+                                        kh * weight.stride_h + kw * weight.stride_w;
+                kernels_.unpack_weight(sums + tap * in_chunk_ * out_chunk_, out_chunk_,
+                                       {static_cast<char*>(weight.data) + element * size_of(weight.dtype),
+                                        weight.dtype, chunk.in_channels.size(), chunk.out_channels.size(),
+                                        weight.stride_in, weight.stride_out});
+            }
+        }
+    }
+
+    const ConvBackwardWeight& args_;
+    const Conv2d shape_;
+    const ThreadPool& pool_;
+    const ConvKernels& kernels_;
+    const int64_t taps_, products_;
+    int64_t in_chunk_ = 0, out_chunk_ = 0;  // channels
+
+  private:
+    void cut() {
+        constexpr int64_t most_words = 80 * 1024;
+        const int64_t block = kernels_.block;
+        const auto blocks = [&](int64_t channels) { return ceil_div(channels, block); };
+        const int64_t most_blocks = std::max<int64_t>(1, most_words / (products_ * block * block));
+        // As square as can be: each operand is loaded once for each chunk of the other's channels.
+        int64_t out_blocks = std::min(blocks(shape_.out_channels), most_blocks);
+        int64_t in_blocks = std::min(blocks(shape_.in_channels), most_blocks);
+        while (in_blocks * out_blocks > most_blocks)
+            (in_blocks >= out_blocks ? in_blocks : out_blocks) -= 1;
+        in_chunks_ = ceil_div(blocks(shape_.in_channels), in_blocks);
+        out_chunks_ = ceil_div(blocks(shape_.out_channels), out_blocks);
+        in_chunk_ = in_blocks * block;
+        out_chunk_ = out_blocks * block;
+    }
+
+    Chunk chunk_of(int64_t index) const {
+        const Range in = part(shape_.in_channels, in_chunks_, index / out_chunks_, kernels_.block);
+        const Range out = part(shape_.out_channels, out_chunks_, index % out_chunks_, kernels_.block);
+        return {in, out};
+    }
+
+    int64_t in_chunks_ = 0, out_chunks_ = 0;
+};
+
+// See conv_winograd_weight_grad.cpp.
+void weight_grad_by_winograd(const ConvBackwardWeight& args, const ThreadPool& pool);
+
+}  // namespace fastres::cpu
