@@ -1,5 +1,6 @@
 """The training program: data, resuming to the bit, atomic checkpoints, the files it leaves, its errors."""
 
+import argparse
 import csv
 import dataclasses
 import errno
@@ -16,7 +17,7 @@ from PIL import Image
 from torch.utils.data import Subset, TensorDataset
 
 from fastres import cli
-from fastres.train import checkpoint, data, loop, report
+from fastres.train import checkpoint, command, data, loop, report
 
 SETTINGS = dict(arch="cifar_resnet20", epochs=3, batch_size=16, lr=0.05)
 
@@ -176,6 +177,22 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(
+    "words, epochs",
+    [
+        ("", 2.0),
+        ("--arch cifar_resnet56", 2.0),
+        ("--arch cifar_resnet110", 8.0),
+        ("--arch cifar_resnet110 --warmup 0.5", 0.5),
+        ("--warmup 0", 0.0),
+    ],
+)
+def test_deep_models_warm_up_longer(words, epochs):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    assert command._settings(parser.parse_args(words.split())).warmup == epochs
+
+
 def test_learning_rate_warms_up_and_ends_near_zero(few, tmp_path):
     run = loop.Run(loop.Settings(**SETTINGS | dict(epochs=20, lr=1.0)), few, tmp_path)
     rates = [run._learning_rate(epoch / 10) for epoch in range(201)]
@@ -225,6 +242,7 @@ BAD = {
     "--epochs 0": "--epochs 0: expected 1 or more",
     "--batch-size 1": "--batch-size 1: expected 2 or more",
     "--lr nan": "--lr nan: expected a number above 0",
+    "--warmup -1": "--warmup -1: expected a number of 0 or more",
     "--arch RESNET5O": "there is no such model; did you mean resnet50?",
     "--device tpu9": "--device tpu9: expected cpu or cuda",
     "--device meta": "--device meta: expected cpu or cuda",

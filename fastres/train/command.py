@@ -1,6 +1,7 @@
 """`fastres train`: arguments, progress on the terminal, exit status."""
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=int, default=30, help="times each image is trained on (default: %(default)s)")
     add("--batch-size", type=int, default=64, help="images a step (default: %(default)s)")
     add("--lr", type=float, default=0.1, help="peak learning rate (default: %(default)s)")
+    add(
+        "--warmup",
+        type=float,
+        help="epochs until the peak learning rate, at most a quarter of all (default: 2; 8 where the model "
+        "has a hundred layers or more, which diverge or stand still otherwise)",
+    )
     add("--image-size", type=int, help="side of the images of --data (default: 32 for cifar_*, else 224)")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast (default: %(default)s)")
     add(
@@ -98,6 +105,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         raise DataError("--image-size is of the images of --data: give --data as well")
     if not 0 < arguments.lr < float("inf"):
         raise DataError(f"--lr {arguments.lr}: expected a number above 0")
+    if arguments.warmup is not None and not 0 <= arguments.warmup < float("inf"):
+        raise DataError(f"--warmup {arguments.warmup:g}: expected a number of 0 or more")
     if arguments.arch.startswith("cifar_") is False and arguments.data is None:
         raise DataError(
             f"--arch {arguments.arch} takes images of three channels: give --data, a folder of images"
@@ -111,7 +120,14 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     if not existing.is_dir():
         raise DataError(f"--out {arguments.out}: {existing} is a file, not a folder")
     names = ("arch", "epochs", "batch_size", "lr", "dtype", "seed", "fused", "device", "workers")
-    return Settings(**{name: getattr(arguments, name) for name in names})
+    warmup = _warmup(arguments.arch) if arguments.warmup is None else arguments.warmup
+    return Settings(**{name: getattr(arguments, name) for name in names}, warmup=warmup)
+
+
+def _warmup(arch: str) -> float:
+    """Epochs. He et al. 2015, section 4.2: 110 layers do not begin to converge at the rate that 56 do."""
+    depth = re.search(r"\d+", arch)
+    return 8.0 if depth and int(depth[0]) >= 100 else 2.0
 
 
 def _image_size(arguments: argparse.Namespace) -> int:
