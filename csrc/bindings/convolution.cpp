@@ -20,10 +20,6 @@ namespace {
 
 using Ints = std::vector<int64_t>;
 
-// Of fewer pixels the batch norm takes its sums itself, in double: the convolution's are float, whose
-// errors do not average out in a few values.
-constexpr int64_t kLeastRowsOfMoments = 512;
-
 Axes axes(const char* op, const char* argument, const Ints& values, int64_t least) {
     if (values.size() != 2 || values[0] < least || values[1] < least)
         fail(op, std::string(argument) + " takes two integers of at least " + std::to_string(least));
@@ -199,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_forward(
 
     std::vector<bn_math::Moments<double>> moments(norm.shape.channels);
     conv.output = conv_output.data_ptr();
-    conv.moments = norm.shape.rows() < kLeastRowsOfMoments ? nullptr : moments.data();
+    conv.moments = cpu::takes_moments(norm.shape) ? moments.data() : nullptr;
     cpu::conv_forward(conv, torch_threads());
 
     Tensor output = output_like(conv_output);

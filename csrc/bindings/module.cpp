@@ -47,6 +47,14 @@ std::vector<std::string> kernels() {
     return names;
 }
 
+void use_winograd(const std::string& where) {
+    using fastres::cpu::WinogradUse;
+    if (where == "faster") return fastres::cpu::use_winograd(WinogradUse::where_faster);
+    if (where == "possible") return fastres::cpu::use_winograd(WinogradUse::wherever_possible);
+    if (where == "never") return fastres::cpu::use_winograd(WinogradUse::never);
+    throw std::invalid_argument("where is '" + where + "', expected faster, possible or never");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -72,20 +80,9 @@ PYBIND11_MODULE(_C, module) {
             return false;
         },
         py::arg("dtype"), "Whether the instruction set in use has convolutions of this dtype.");
-    module.def(
-        "use_winograd",
-        [](const std::string& where) {
-            using fastres::cpu::WinogradUse;
-            if (where != "faster" && where != "possible" && where != "never")
-                throw std::invalid_argument("where is '" + where + "', expected faster, possible or never");
-            fastres::cpu::use_winograd(where == "faster"     ? WinogradUse::where_faster
-                                       : where == "possible" ? WinogradUse::wherever_possible
-                                                             : WinogradUse::never);
-        },
-        py::arg("where"),
-        "Multiply 3x3 convolutions of float32 and float16 by Winograd's algorithm where that is 'faster' "
-        "(the "
-        "default), wherever it is 'possible', or 'never'.");
+    module.def("use_winograd", &use_winograd, py::arg("where"),
+               "Multiply 3x3 convolutions of float32 and float16 by Winograd's algorithm where that is "
+               "'faster', as at first, wherever it is 'possible', or 'never'.");
     module.def(
         "keep_memory", &fastres::bindings::keep_memory, py::arg("keep"),
         "Whether large results of CPU kernels come from memory that is kept; tells whether they did.");

@@ -391,6 +391,10 @@ class Backward {
 
 }  // namespace
 
+bool takes_moments(const Activation& shape) {
+    return shape.rows() >= 512;
+}
+
 void batch_norm(const BnForward& args, const ThreadPool& pool) {
     if (args.shape.dtype == Dtype::f64) return Forward<double>(args, pool).run();
     return Forward<float>(args, pool).run();

@@ -15,6 +15,10 @@ namespace fastres::cpu {
 void batch_norm(const BnForward& args, const ThreadPool& pool);
 void batch_norm_backward(const BnBackward& args, const ThreadPool& pool);
 
+// Whether BnForward::moments may be sums in float, as the convolutions take them: their errors do not
+// average out in fewer values.
+bool takes_moments(const Activation& shape);
+
 // A batch norm's coefficients, one a channel, as the convolutions' loads take them (cpu/conv_kernels.h).
 struct BnCoefficients {
     AlignedVector<float> mean, scale, shift;  // of the forward map

@@ -33,6 +33,13 @@ class Boxes {
                 part(size_.h, rows_, index / columns_ % rows_), part(size_.w, columns_, index % columns_)};
     }
 
+    // As large as any of them: they differ by one row, column or image.
+    Box largest() const {
+        if (count() == 0) return {{0, 0}, {0, 0}, {0, 0}};
+        const Box box = (*this)[0];
+        return {{0, box.images.size() + 1}, {0, box.rows.size() + 1}, {0, box.columns.size() + 1}};
+    }
+
   private:
     int64_t batch_;
     Axes size_;

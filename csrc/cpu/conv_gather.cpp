@@ -2,6 +2,7 @@
 #include "cpu/conv_gather.h"
 
 #include "cpu/huge_pages.h"
+#include "cpu/prefetch.h"
 
 namespace fastres::cpu {
 namespace {
@@ -139,7 +140,7 @@ class DirectLoop : GatherTasks {
         tile.sums_stride = sums.stride;
         tile.add = k > 0;
         const bool last = k + k_words == k_words_;
-        const int64_t block = kernels_.block, lanes = block / kernels_.vectors, width = box.columns.size();
+        const int64_t block = kernels_.block, width = box.columns.size();
         const int64_t groups = groups_of(box);
         const auto multiply_group = [&](int64_t n, int64_t image, int64_t row, int64_t group) {
             const Range columns = part(width, groups, group);
@@ -150,8 +151,7 @@ class DirectLoop : GatherTasks {
             tile.b = weight + (n * k_words_ + k) * taps_ * block;
             tile.sums = sums.data + pixel * sums.stride + channel;
             tile.rows = static_cast<int>(columns.size());
-            tile.vectors =
-                static_cast<int>(ceil_div(std::min(block, args_.out_channels - n * block), lanes));
+            tile.vectors = cpu::vectors_of(kernels_, args_.out_channels - n * block);
             prefetch.step();
             if (taps_ > 0) kernels_.multiply(tile);
             if (last)

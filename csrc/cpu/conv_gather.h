@@ -11,7 +11,6 @@
 #include "cpu/convolution.h"
 #include "cpu/isa.h"
 #include "cpu/pointer.h"
-#include "cpu/prefetch.h"
 #include "cpu/streaming.h"
 #include "cpu/workspace.h"
 
@@ -64,6 +63,7 @@ struct PixelSums {
     int pixels;
 };
 
+// Boxes of pixels times blocks of output channels, shared out between the threads.
 class GatherTasks {
   protected:
     using Moments = bn_math::Moments<double>;
@@ -116,11 +116,7 @@ class GatherTasks {
         pixels.channels = std::min(k_words * kernels_.pack, args_.in_channels - channel);
         const ImageRows rows{images, row * args_.rows.step + args_.rows.first(), args_.rows.load_step(),
                              patch.h};
-        visit_rows(args_.input, args_.dtype, args_.in, args_.in_channels, rows, pixels,
-                   [&](const PixelRow& pixel_row) {
-                       kernels_.load_channels(pixel_row, words);
-                       words += patch.w * k_words;
-                   });
+        load_rows(kernels_, args_.input, args_.dtype, args_.in, args_.in_channels, rows, pixels, words);
     }
 
     // Of neighbours in a row, from an image's row and column of the grid on.

@@ -33,4 +33,14 @@ void visit_rows(const ConvOperand& operand, Dtype dtype, Axes size, int64_t chan
     }
 }
 
+// words[image][row][column][word of channels]
+inline void load_rows(const ConvKernels& kernels, const ConvOperand& operand, Dtype dtype, Axes size,
+                      int64_t channels, const ImageRows& rows, const PixelRow& pixels, float* words) {
+    const int64_t row_words = pixels.columns * ceil_div(pixels.channels, kernels.pack);
+    visit_rows(operand, dtype, size, channels, rows, pixels, [&](const PixelRow& row) {
+        kernels.load_channels(row, words);
+        words += row_words;
+    });
+}
+
 }  // namespace fastres::cpu

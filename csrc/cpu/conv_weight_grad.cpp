@@ -18,9 +18,12 @@ class DirectLoop : WeightGradTasks {
           in_width_(std::min<int64_t>(kernels_.block, shape_.in_channels)) {}
 
     void run() const {
-        const Boxes boxes(shape_.batch, shape_.out, pixels_of_box());
+        // The rounding errors of bf16's sums are lost in that of the operands.
+        constexpr int64_t usual = 224;
+        const Boxes boxes(shape_.batch, shape_.out,
+                          args_.dtype == Dtype::bf16 ? usual : size_of_box(usual));
         WeightGradTasks::run(
-            boxes, words_of_operands(boxes),
+            boxes, words_of_operands(boxes.largest()),
             [&](const Boxes& boxes, Range range, const Chunk& chunk, float* words, float* sums) {
                 sum(boxes, range, chunk, words, sums);
             },
@@ -28,15 +31,6 @@ class DirectLoop : WeightGradTasks {
     }
 
   private:
-    // The rounding errors of a box's sums grow with its pixels, and average out over many boxes. Those of
-    // bf16 are lost in the rounding of the operands.
-    int64_t pixels_of_box() const {
-        constexpr int64_t usual = 224, many = 8192, few = 2048;
-        const int64_t pixels = shape_.batch * shape_.out.h * shape_.out.w;
-        if (args_.dtype == Dtype::bf16 || pixels >= many) return usual;
-        return pixels >= few ? usual / 2 : usual / 4;
-    }
-
     static Conv2d flattened(Conv2d shape) {
         const bool pointwise = shape.kernel.h == 1 && shape.kernel.w == 1 && shape.stride.h == 1 &&
                                shape.stride.w == 1 && shape.padding.h == 0 && shape.padding.w == 0;
@@ -55,12 +49,7 @@ class DirectLoop : WeightGradTasks {
                                    (shape_.kernel.h - 1) * shape_.dilation.h + 1;
     }
 
-    int64_t words_of_operands(const Boxes& boxes) const {
-        if (boxes.count() == 0) return 0;
-        const Box box = boxes[0];
-        // Boxes differ by one row, column or image.
-        const Box largest{
-            {0, box.images.size() + 1}, {0, box.rows.size() + 1}, {0, box.columns.size() + 1}};
+    int64_t words_of_operands(const Box& largest) const {
         const int64_t row = steps(largest.columns.size());
         return largest.images.size() * row *
                (patch_rows(largest) * shape_.kernel.w * in_chunk_ + largest.rows.size() * out_chunk_);
@@ -127,11 +116,9 @@ class DirectLoop : WeightGradTasks {
     // All pairs of channels of a chunk, for one entry of the kernel; kw is its column.
     void multiply_tap(MultiplyTile tile, const Chunk& chunk, const Words& words, int64_t kw, float* sums,
                       Prefetch& prefetch) const {
-        const int64_t block = kernels_.block, lanes = block / kernels_.vectors;
-        for (int64_t n = 0; n < chunk.out_channels.size(); n += block) {
-            tile.b = words.grad + n / block * words.grad_block;
-            tile.vectors =
-                static_cast<int>(ceil_div(std::min(block, chunk.out_channels.size() - n), lanes));
+        for (int64_t n = 0; n < chunk.out_channels.size(); n += kernels_.block) {
+            tile.b = words.grad + n / kernels_.block * words.grad_block;
+            tile.vectors = cpu::vectors_of(kernels_, chunk.out_channels.size() - n);
             for (int64_t m = 0; m < chunk.in_channels.size(); m += in_width_) {
                 const int64_t width = std::min(in_width_, chunk.in_channels.size() - m);
                 const int64_t groups = ceil_div(width, kernels_.tile_rows);

@@ -32,6 +32,14 @@ class WeightGradTasks {
         cut();
     }
 
+    // The rounding errors of a box's sums grow with its pixels, and average out over many boxes.
+    int64_t size_of_box(int64_t usual) const {
+        constexpr int64_t many = 8192, few = 2048;
+        const int64_t pixels = shape_.batch * shape_.out.h * shape_.out.w;
+        if (pixels >= many) return usual;
+        return pixels >= few ? usual / 2 : usual / 4;
+    }
+
     // Calls sum(boxes, range, chunk, words, sums): sums[product][in channel][out channel] over some boxes,
     // in `words` of memory; and store(chunk, sums) when they are complete.
     template <class Sum, class Store>

@@ -9,12 +9,10 @@
 #include <atomic>
 
 #include "cpu/conv_gather.h"
+#include "cpu/conv_tiles.h"
 
 namespace fastres::cpu {
 namespace {
-
-constexpr int64_t kSide = 4, kProducts = kSide * kSide;  // of a tile that is multiplied
-constexpr int64_t kOutSide = 2;                          // of the pixels that it gives
 
 std::atomic<WinogradUse> use{WinogradUse::where_faster};
 
@@ -25,13 +23,12 @@ class WinogradLoop : GatherTasks {
 
     void run() {
         static thread_local Workspace packed;
-        float* weight = packed.floats(n_blocks_ * kProducts * channels_ * block_);
+        float* weight = packed.floats(n_blocks_ * kTileProducts * channels_ * block_);
         const int64_t parts = ceil_div(channels_, kChannelsOfPart);
         pool_.for_each(n_blocks_ * parts, [&](int64_t task) {
             pack(task / parts, part(channels_, parts, task % parts), weight);
         });
-        const Axes tiles{ceil_div(args_.grid.h, kOutSide), ceil_div(args_.grid.w, kOutSide)};
-        const Boxes boxes(args_.batch, tiles, kTilesOfBox);
+        const Boxes boxes(args_.batch, tiles_of(args_.grid), kTilesOfBox);
         for_each_box(boxes, [&](int64_t index, Range n_blocks, Moments* moments) {
             gather(boxes[index], n_blocks, weight, moments);
         });
@@ -56,8 +53,8 @@ class WinogradLoop : GatherTasks {
         }
         const int64_t product = channels_ * block_;
         kernels_.transform_weight({taps, 3 * tap_words, tap_words,
-                                   weight + (n_block * kProducts * channels_ + channels.begin) * block_,
-                                   kSide * product, product, tap_words});
+                                   weight + (n_block * kTileProducts * channels_ + channels.begin) * block_,
+                                   kTileSide * product, product, tap_words});
     }
 
     // The memory of a box of `tiles` tiles.
@@ -72,9 +69,9 @@ class WinogradLoop : GatherTasks {
     void gather(const Box& box, Range n_blocks, const float* weight, Moments* moments) const {
         static thread_local Workspace workspace;
         const int64_t tiles = box.pixels(), stride = n_blocks.size() * block_;
-        const Axes patch{kOutSide * box.rows.size() + 2, kOutSide * box.columns.size() + 2};
-        const int64_t sizes[] = {kProducts * tiles * channels_, kProducts * tiles * block_,
-                                 kOutSide * kOutSide * box.columns.size() * block_, 3 * stride,
+        const Axes patch = in_pixels_of(box);
+        const int64_t sizes[] = {kTileProducts * tiles * channels_, kTileProducts * tiles * block_,
+                                 kTileStep * kTileStep * box.columns.size() * block_, 3 * stride,
                                  box.images.size() * patch.h * patch.w * kChannelsOfPart};
         int64_t total = 0;
         for (int64_t size : sizes) total += size;
@@ -87,7 +84,7 @@ class WinogradLoop : GatherTasks {
         load(box, patch, words);
         if (moments) std::fill_n(words.about, 3 * stride, 0.0f);
         for (int64_t n = n_blocks.begin; n < n_blocks.end; ++n) {
-            multiply(tiles, weight + n * kProducts * channels_ * block_, vectors_of(n), words);
+            multiply(tiles, weight + n * kTileProducts * channels_ * block_, vectors_of(n), words);
             float* about = moments ? words.about + (n - n_blocks.begin) * block_ : nullptr;
             store_block(box, n, words, about, stride);
         }
@@ -98,32 +95,23 @@ class WinogradLoop : GatherTasks {
     }
 
     static int64_t pixels_of(Range tiles, int64_t size) {
-        return std::min(kOutSide * tiles.end, size) - kOutSide * tiles.begin;
+        return std::min(kTileStep * tiles.end, size) - kTileStep * tiles.begin;
     }
 
     int vectors_of(int64_t n_block) const {
-        const int64_t lanes = block_ / kernels_.vectors;
-        return static_cast<int>(ceil_div(std::min(block_, args_.out_channels - n_block * block_), lanes));
+        return cpu::vectors_of(kernels_, args_.out_channels - n_block * block_);
     }
 
     void load(const Box& box, Axes patch, const Words& words) const {
         const int64_t product = box.pixels() * channels_;
         for (int64_t k = 0; k < channels_; k += kChannelsOfPart) {
             const int64_t channels = std::min(kChannelsOfPart, channels_ - k);
-            load_patch(box.images, kOutSide * box.rows.begin, kOutSide * box.columns.begin, patch, k,
+            load_patch(box.images, kTileStep * box.rows.begin, kTileStep * box.columns.begin, patch, k,
                        channels, words.patch);
-            MatrixTransform tile{
-                nullptr, patch.w * channels, channels, words.input + k, kSide * product, product, channels};
-            for (int64_t image = 0; image < box.images.size(); ++image) {
-                for (int64_t row = 0; row < box.rows.size(); ++row) {
-                    const int64_t pixel = (image * patch.h + kOutSide * row) * patch.w;
-                    for (int64_t column = 0; column < box.columns.size(); ++column) {
-                        tile.in = words.patch + (pixel + kOutSide * column) * channels;
-                        kernels_.transform_input(tile);
-                        tile.out += channels_;
-                    }
-                }
-            }
+            transform_tiles(box, patch, kernels_.transform_input,
+                            {words.patch, patch.w * channels, channels, words.input + k,
+                             kTileSide * product, product, channels},
+                            channels_);
         }
     }
 
@@ -136,7 +124,7 @@ class WinogradLoop : GatherTasks {
         tile.run_count = 1;
         tile.sums_stride = block_;
         tile.vectors = vectors;
-        for (int64_t product = 0; product < kProducts; ++product) {
+        for (int64_t product = 0; product < kTileProducts; ++product) {
             for (int64_t k = 0; k < channels_; k += kMostSteps) {
                 tile.steps = std::min(kMostSteps, channels_ - k);
                 tile.add = k > 0;
@@ -157,22 +145,23 @@ class WinogradLoop : GatherTasks {
                      int64_t about_stride) const {
         const int64_t product = box.pixels() * block_, columns = box.columns.size();
         const int64_t count = vectors_of(n_block) * (block_ / kernels_.vectors);
-        const int64_t row_words = kOutSide * columns * block_;
+        const int64_t row_words = kTileStep * columns * block_;
         const int pixels = static_cast<int>(pixels_of(box.columns, args_.grid.w));
-        MatrixTransform tile{words.products, kSide * product, product, nullptr, row_words, block_, count};
+        MatrixTransform tile{words.products, kTileSide * product, product, nullptr, row_words, block_,
+                             count};
         bool first = true;
         for (int64_t image = box.images.begin; image < box.images.end; ++image) {
             for (int64_t tile_row = box.rows.begin; tile_row < box.rows.end; ++tile_row) {
                 for (int64_t column = 0; column < columns; ++column) {
-                    tile.out = words.sums + kOutSide * column * block_;
+                    tile.out = words.sums + kTileStep * column * block_;
                     kernels_.transform_output(tile);
                     tile.in += block_;
                 }
-                for (int64_t i = 0; i < kOutSide; ++i) {
-                    const int64_t row = kOutSide * tile_row + i;
+                for (int64_t i = 0; i < kTileStep; ++i) {
+                    const int64_t row = kTileStep * tile_row + i;
                     if (row >= args_.grid.h) break;
                     store({words.sums + i * row_words, block_, pixels}, n_block * block_, image, row,
-                          kOutSide * box.columns.begin, about, about_stride, first);
+                          kTileStep * box.columns.begin, about, about_stride, first);
                     first = false;
                 }
             }
@@ -199,9 +188,10 @@ bool winograd_pays(const ConvKernels& kernels, int64_t images, Axes out, int64_t
     if (where == WinogradUse::wherever_possible) return true;
     constexpr int64_t least_channels = 32;
     const int64_t pixels = images * out.h * out.w;
-    const int64_t tiles = images * ceil_div(out.h, kOutSide) * ceil_div(out.w, kOutSide);
+    const Axes tiles = tiles_of(out);
     return std::min(in_channels, out_channels) >= least_channels && pixels >= least_pixels &&
-           tiles * kProducts * 5 <= pixels * 9 * 4;  // a fifth is for the transforms
+           images * tiles.h * tiles.w * kTileProducts * 5 <=
+               pixels * 9 * 4;  // a fifth is for the transforms
 }
 
 bool winograd_pays(const Gather& args) {

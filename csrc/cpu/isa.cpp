@@ -109,6 +109,11 @@ const ConvKernels* convolution_kernels(Dtype dtype) {
     return kernels().convolution[static_cast<int>(dtype)];
 }
 
+int vectors_of(const ConvKernels& kernels, int64_t channels) {
+    const int64_t lanes = kernels.block / kernels.vectors;
+    return static_cast<int>((std::min<int64_t>(channels, kernels.block) + lanes - 1) / lanes);
+}
+
 void select_isa(const std::string& isa) {
     current().store(find(isa), std::memory_order_relaxed);
 }

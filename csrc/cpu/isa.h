@@ -21,6 +21,9 @@ const Kernels& kernels();
 // The convolutions in use, or null: there are none for this dtype, or PyTorch's are faster.
 const ConvKernels* convolution_kernels(Dtype dtype);
 
+// Vectors of a tile that hold so many channels, or all of a block.
+int vectors_of(const ConvKernels& kernels, int64_t channels);
+
 // Throws std::invalid_argument, naming the choices, where `isa` is not available here.
 void select_isa(const std::string& isa);
 
