@@ -213,7 +213,7 @@ def bn_act(input, residual, running_mean, running_var, weight, bias, training, m
         return _bn_act_forward(*arguments)
 
 
-# By hand and not by torch.library.register_autograd, which refuses ops that update an argument in place.
+# By hand and not by register_autograd, which refuses ops that update an argument in place.
 library.impl("bn_act_forward", bn_act, "Autograd")
 
 

@@ -1,8 +1,8 @@
 """Batch normalisation, ReLU, the residual addition and the convolution before them, fused.
 
 The functions run the kernel ops (fastres.kernels) wherever these cover the case, and the same composition
-of torch.nn.functional wherever they do not: mixed dtypes, strided memory, other devices, tensor subclasses,
-torch.func transforms, forward-mode AD. Each is also an op, `torch.ops.fastres.<name>`.
+of torch.nn.functional wherever they do not: mixed dtypes, strided memory, few values, other devices, tensor
+subclasses, torch.func transforms, forward-mode AD. Each is also an op, `torch.ops.fastres.<name>`.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ _CPU_DTYPES = _CUDA_DTYPES | {torch.float64}
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 
-# Told why an op runs as the composition of PyTorch's own, as it does.
+# Told why an op runs as the composition of PyTorch's own.
 on_composed: Callable[[str], object] | None = None
 
 

@@ -47,27 +47,23 @@ class Record:
     fused: bool
     reason: Reason | None
 
+    def composed(self, reason: str) -> None:
+        """Note that no kernel ran the fused op."""
+        self.fused, self.reason = False, (None, reason)
+
 
 _listener: Callable[[Record], object] | None = None
-_last: Record | None = None  # of the site that is being called
 
 
 @contextmanager
 def listen(listener: Callable[[Record], object]) -> Iterator[None]:
     """Have `listener` called as each site begins, in this context."""
     global _listener
-    outer, _listener, ops.on_composed = _listener, listener, _note_composed
+    outer, _listener = _listener, listener
     try:
         yield
     finally:
-        _listener = outer
-        ops.on_composed = None if outer is None else _note_composed
-
-
-def _note_composed(reason: str) -> None:
-    """The fused op that the last site called is not run by a kernel."""
-    if _last is not None:
-        _last.fused, _last.reason = False, (None, reason)
+        _listener, ops.on_composed = outer, None
 
 
 @contextmanager
@@ -293,9 +289,9 @@ def _fused_bn_act(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None, re
 def _tell(op, modules, residual, relu, reason) -> None:
     parts = (op, "add" if residual is not None else "", "relu" if relu else "")
     present = tuple(module for module in modules if module is not None)
-    global _last
-    _last = Record(present, "_".join(filter(None, parts)), reason is None, reason)
-    _listener(_last)
+    record = Record(present, "_".join(filter(None, parts)), reason is None, reason)
+    ops.on_composed = record.composed
+    _listener(record)
 
 
 def _add(output: Tensor, residual: Tensor | None) -> Tensor:

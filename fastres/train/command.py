@@ -127,7 +127,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 def _warmup(arch: str) -> float:
     """Epochs. He et al. 2015, section 4.2: 110 layers do not begin to converge at the rate that 56 do."""
     depth = re.search(r"\d+", arch)
-    return 8.0 if depth and int(depth[0]) >= 100 else 2.0
+    return 8.0 if depth and int(depth[0]) >= 100 else Settings.warmup
 
 
 def _image_size(arguments: argparse.Namespace) -> int:
