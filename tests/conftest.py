@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from layers import units
+from convolving import BY_WINOGRAD, DIRECTLY
+from layers import DTYPES, units
 
 from fastres import _C, convolution, kernels
 from fastres.recompute import set_recompute
@@ -37,6 +38,11 @@ def torchvision():
 def timm():
     _declare_torchvision_ops()
     return import_module("timm")
+
+
+@pytest.fixture(scope="session")
+def transformers(torchvision):  # which it imports where it is installed
+    return import_module("transformers")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
@@ -74,6 +80,29 @@ def isa(request):
     _C.select_cpu_isa(request.param)
     yield request.param
     _C.select_cpu_isa(before)
+
+
+@pytest.fixture(params=units(), ids="-".join)
+def unit(request):
+    """Selects an instruction set; the dtype that it is to convolve."""
+    before = _C.cpu_isa()
+    _C.select_cpu_isa(request.param[0])
+    yield DTYPES[request.param[1]]
+    _C.select_cpu_isa(before)
+
+
+@pytest.fixture(params=[1, 2], ids=["1_thread", "2_threads"])
+def threads(request, one_thread):
+    torch.set_num_threads(request.param)
+    return request.param
+
+
+@pytest.fixture(params=[DIRECTLY, BY_WINOGRAD], ids=["direct", "winograd"])
+def way(request):
+    """How 3x3 convolutions are multiplied, small ones as well."""
+    _C.use_winograd(request.param.use_winograd)
+    yield request.param
+    _C.use_winograd("faster")
 
 
 @pytest.fixture

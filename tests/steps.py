@@ -85,3 +85,10 @@ def assert_same(actual, expected):
             atol=1e-10 * largest,
             msg=lambda text, name=name: f"{name}: {text}",
         )
+
+
+def site(conv=None, bn=None):
+    """Convolution, batch norm with parameters and statistics that are not their initial ones, and ReLU."""
+    conv = nn.Conv2d(4, 6, **(conv or CONV_ARGUMENTS["3x3"]), dtype=DTYPE)
+    bn = filled(nn.BatchNorm2d(6, **(bn or {}), dtype=DTYPE))
+    return nn.ModuleList([conv, bn, nn.ReLU(inplace=True)])
