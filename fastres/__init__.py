@@ -17,10 +17,21 @@ else:
     from fastres import models, nn, ops
     from fastres.explain import explain
     from fastres.fuse import fuse, unfuse
+    from fastres.inference import optimize_for_inference
     from fastres.memory import empty_cache
 
     __version__ = _C.build_info()["version"]
-    __all__ = ["empty_cache", "explain", "fuse", "models", "nn", "ops", "profile", "unfuse"]  # noqa: F822
+    __all__ = [  # noqa: F822
+        "empty_cache",
+        "explain",
+        "fuse",
+        "models",
+        "nn",
+        "ops",
+        "optimize_for_inference",
+        "profile",
+        "unfuse",
+    ]
 
     def __getattr__(name: str):
         if name == "profile":  # imported where it is used

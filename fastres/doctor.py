@@ -25,6 +25,8 @@ _KERNELS = (
     "add_relu_forward",
     "add_relu_backward",
     "conv_forward",
+    "conv_pack_weight",
+    "conv_bn_act_eval",
     "conv_backward_input",
     "conv_backward_weight",
     "conv_bn_act_forward",

@@ -317,30 +317,17 @@ def conv_bn_relu(
         raise ValueError(f"fastres::conv_bn_relu: activation is {activation!r}, expected 'relu' or None")
     relu = activation == "relu"
     channel_vectors = (running_mean, running_var, bn_weight, bn_bias)
+    learned = (input, weight, conv_bias, bn_weight, bn_bias, residual)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned)
     by = None
     if not _is_traced() and not _is_special(input, weight, residual, conv_bias, *channel_vectors):
-        by = convolution.covered(input, weight, residual, stride, padding, dilation, groups)
-    if (
-        not training
-        and running_mean is not None
-        and running_var is not None
-        and _pays_folding(input, weight)
-    ):
-        learned = (input, weight, conv_bias, bn_weight, bn_bias, residual)
-        if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned)):
-            folded_weight, folded_bias = composed.fold_batch_norm(
-                weight, conv_bias, running_mean, running_var, bn_weight, bn_bias, eps
-            )
-            if by is not None:
-                return convolution.conv_act(input, folded_weight, folded_bias, residual, by, relu)
-            output = F.conv2d(input, folded_weight, folded_bias, stride, padding, dilation, groups)
-            if residual is not None:
-                _check_residual("conv_bn_relu", "residual", residual, output)
-                return add_relu(output, residual) if relu else output + residual
-            return output.relu_() if relu else output
-    if by is not None and training and conv_bias is None and isinstance(momentum, (int, float)):
+        by = convolution.covered(input, weight, residual, stride, padding, dilation, groups, needs_grad)
+    if by is not None:
         dtype = convolution.compute_dtype(input)
-        if _why_not_channels(weight.size(0), dtype, input.device, *channel_vectors) is None:
+        if _why_not_channels(weight.size(0), dtype, input.device, *channel_vectors, conv_bias) is not None:
+            by = None
+    if training:
+        if by is not None and conv_bias is None and isinstance(momentum, (int, float)):
             return call_without_keeping_values(
                 convolution.conv_bn_act,
                 input.to(dtype),
@@ -352,6 +339,20 @@ def conv_bn_relu(
                 eps,
                 relu,
             )
+    elif running_mean is not None and running_var is not None and not needs_grad:
+        if by is not None:
+            return convolution.conv_bn_act_eval(
+                input.to(dtype), weight, conv_bias, residual, *channel_vectors, by, eps, relu
+            )
+        if _pays_folding(input, weight):
+            folded = composed.fold_batch_norm(
+                weight, conv_bias, running_mean, running_var, bn_weight, bn_bias, eps
+            )
+            output = F.conv2d(input, *folded, stride, padding, dilation, groups)
+            if residual is not None:
+                _check_residual("conv_bn_relu", "residual", residual, output)
+                return add_relu(output, residual) if relu else output + residual
+            return output.relu_() if relu else output
     output = call_without_keeping(F.conv2d, input, weight, conv_bias, stride, padding, dilation, groups)
     return _bn_act(
         "conv_bn_relu",

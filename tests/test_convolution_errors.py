@@ -4,6 +4,8 @@ import pytest
 import torch
 from layers import channels_last
 
+from fastres import _C
+
 KERNELS = torch.ops.fastres
 
 X, W = channels_last(torch.randn(2, 4, 6, 6)), torch.randn(5, 4, 3, 3)
@@ -151,6 +153,58 @@ def test_bad_input(call, change, message):
 def test_a_dtype_without_a_kernel(isa):
     with pytest.raises(RuntimeError, match=f"no kernel for float64 with instruction set {isa}"):
         KERNELS.conv_forward(X.double(), W, None, None, ONE, NONE, ONE, True)
+
+
+def _bn_act_eval(packed, input=X, weight=W):
+    return KERNELS.conv_bn_act_eval(
+        input,
+        weight,
+        packed,
+        None,
+        None,
+        MEAN.float(),
+        RSTD.float(),
+        None,
+        None,
+        ONE,
+        NONE,
+        ONE,
+        0.0,
+        False,
+    )
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda packed: packed[:-1],
+        lambda packed: packed.view(torch.float32),
+        lambda packed: torch.zeros_like(packed),
+        lambda packed: KERNELS.conv_pack_weight(W[:, :3], X, ONE, ONE),
+    ],
+    ids=["too short", "no bytes", "no header", "another weight's"],
+)
+def test_a_weight_that_is_packed_otherwise(spoil):
+    packed = KERNELS.conv_pack_weight(W, X, ONE, ONE)
+    assert _bn_act_eval(packed).shape == (2, 5, 4, 4)
+    with pytest.raises(
+        RuntimeError, match="fastres::conv_bn_act_eval: packed is not what conv_pack_weight"
+    ):
+        _bn_act_eval(spoil(packed))
+
+
+def test_a_weight_that_another_instruction_set_packed():
+    isas = [isa for isa in _C.cpu_isas() if isa != "scalar"]
+    if len(isas) < 2:
+        pytest.skip("one instruction set has convolutions")
+    packed = KERNELS.conv_pack_weight(W, X, ONE, ONE)
+    before = _C.cpu_isa()
+    _C.select_cpu_isa(next(isa for isa in isas if isa != before))
+    try:
+        with pytest.raises(RuntimeError, match="with the instruction set in use"):
+            _bn_act_eval(packed)
+    finally:
+        _C.select_cpu_isa(before)
 
 
 def test_no_images(isa):

@@ -1,6 +1,6 @@
 // fastres::bn_act_forward and fastres::bn_act_backward: act(batch_norm(input) [+ residual]) and its
 // gradient.
-#include "core/batch_norm.h"
+#include "bindings/batch_norm.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -49,26 +49,15 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor input, OptionalTensor residual
                                            OptionalTensor running_mean, OptionalTensor running_var,
                                            OptionalTensor weight, OptionalTensor bias, bool training,
                                            double momentum, double eps, bool relu) {
-    BnForward args{};
-    args.shape = activation(kForward, "input", input);
+    BnForward args = bn_forward(kForward, input, running_mean, running_var, weight, bias, training);
     if (residual) check_like_input(kForward, "residual", *residual, input);
-    args.running_mean = channel_vector(kForward, "running_mean", running_mean, input);
-    args.running_var = channel_vector(kForward, "running_var", running_var, input);
-    args.weight = channel_vector(kForward, "weight", weight, input);
-    args.bias = channel_vector(kForward, "bias", bias, input);
-    if (training && args.shape.rows() == 1)
-        fail(kForward, "expected more than 1 value per channel when training");
-    if (!training && !(running_mean && running_var))
-        fail(kForward, "expected running_mean and running_var to be defined when training=False");
     Tensor output = output_like(input);
     Tensor save_mean = empty_channels(input, Device::statistics);
     Tensor save_rstd = empty_channels(input, Device::statistics);
-    args.input = input.data_ptr();
     args.residual = residual ? residual->data_ptr() : nullptr;
     args.output = output.data_ptr();
     args.save_mean = save_mean.data_ptr();
     args.save_rstd = save_rstd.data_ptr();
-    args.statistics = training ? Statistics::batch : Statistics::running;
     args.relu = relu;
     args.momentum = momentum;
     args.eps = eps;
@@ -107,35 +96,61 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor input, O
                                                     OptionalTensor weight, OptionalTensor bias,
                                                     Tensor save_mean, Tensor save_rstd, bool training,
                                                     bool relu) {
-    BnBackward args{};
-    args.shape = activation(kBackward, "input", input);
+    BnBackward args =
+        bn_backward(kBackward, input, weight, bias, save_mean, save_rstd, training, Device::statistics);
     check_like_input(kBackward, "grad", grad, input);
     if (output) check_like_input(kBackward, "output", *output, input);
     if (output && !relu) fail(kBackward, "output is given without relu, which needs no mask");
-    args.weight = channel_vector(kBackward, "weight", weight, input);
-    args.bias = channel_vector(kBackward, "bias", bias, input);
-    check_statistics(kBackward, "save_mean", save_mean, input, Device::statistics);
-    check_statistics(kBackward, "save_rstd", save_rstd, input, Device::statistics);
     Tensor grad_input = output_like(input);
     Tensor grad_residual = output ? output_like(input) : nothing(input);
     Tensor grad_weight = empty_channels(input, accumulation_dtype(args.shape.dtype));
     Tensor grad_bias = empty_channels(input, accumulation_dtype(args.shape.dtype));
     args.grad = grad.data_ptr();
-    args.input = input.data_ptr();
     args.output = output ? output->data_ptr() : nullptr;
-    args.save_mean = save_mean.data_ptr();
-    args.save_rstd = save_rstd.data_ptr();
     args.grad_input = grad_input.data_ptr();
     args.grad_residual = output ? grad_residual.data_ptr() : nullptr;
     args.grad_weight = grad_weight.data_ptr();
     args.grad_bias = grad_bias.data_ptr();
-    args.training = training;
     args.relu = relu;
     Device::run(args, input);
     return {grad_input, grad_residual, grad_weight, grad_bias};
 }
 
 }  // namespace
+
+BnForward bn_forward(const char* op, const Tensor& input, const OptionalTensor& running_mean,
+                     const OptionalTensor& running_var, const OptionalTensor& weight,
+                     const OptionalTensor& bias, bool training) {
+    BnForward args{};
+    args.shape = activation(op, "input", input);
+    args.running_mean = channel_vector(op, "running_mean", running_mean, input);
+    args.running_var = channel_vector(op, "running_var", running_var, input);
+    args.weight = channel_vector(op, "weight", weight, input);
+    args.bias = channel_vector(op, "bias", bias, input);
+    if (training && args.shape.rows() == 1)
+        fail(op, "expected more than 1 value per channel when training");
+    if (!training && !(running_mean && running_var))
+        fail(op, "expected running_mean and running_var to be defined when training=False");
+    args.input = input.data_ptr();
+    args.statistics = training ? Statistics::batch : Statistics::running;
+    return args;
+}
+
+BnBackward bn_backward(const char* op, const Tensor& input, const OptionalTensor& weight,
+                       const OptionalTensor& bias, const Tensor& save_mean, const Tensor& save_rstd,
+                       bool training, Dtype statistics) {
+    BnBackward args{};
+    args.shape = activation(op, "input", input);
+    args.weight = channel_vector(op, "weight", weight, input);
+    args.bias = channel_vector(op, "bias", bias, input);
+    check_statistics(op, "save_mean", save_mean, input, statistics);
+    check_statistics(op, "save_rstd", save_rstd, input, statistics);
+    args.input = input.data_ptr();
+    args.save_mean = save_mean.data_ptr();
+    args.save_rstd = save_rstd.data_ptr();
+    args.training = training;
+    return args;
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastres, library) {
     library.def(

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cstring>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -18,20 +19,18 @@
 namespace fastres::bindings {
 namespace {
 
-using Ints = std::vector<int64_t>;
-
-Axes axes(const char* op, const char* argument, const Ints& values, int64_t least) {
-    if (values.size() != 2 || values[0] < least || values[1] < least)
-        fail(op, std::string(argument) + " takes two integers of at least " + std::to_string(least));
-    return {values[0], values[1]};
-}
-
 ConvWeight conv_weight(const char* op, const Tensor& weight) {
     if (weight.dim() != 4 || !weight.is_cpu()) fail(op, "weight is not a 4-d tensor on the CPU");
     const Dtype dtype = dtype_of(op, "weight", weight);
     if (dtype == Dtype::f64) fail(op, "weight is float64; takes float32, bfloat16 or float16");
     return {weight.data_ptr(), dtype,           weight.stride(0), weight.stride(1),
             weight.stride(2),  weight.stride(3)};
+}
+
+void check_kernels(const char* op, Dtype dtype) {
+    if (!cpu::convolution_kernels(dtype))
+        fail(op,
+             "no kernel for " + std::string(name(dtype)) + " with instruction set " + cpu::kernels().isa);
 }
 
 Dtype check_activation(const char* op, const char* argument, const Tensor& tensor, const Ints& size) {
@@ -42,9 +41,7 @@ Dtype check_activation(const char* op, const char* argument, const Tensor& tenso
             fail(op, std::string(argument) + " has another shape than the convolution gives it");
     if (!is_channels_last(tensor)) fail(op, std::string(argument) + " is not channels last");
     const Dtype dtype = dtype_of(op, argument, tensor);
-    if (!cpu::convolution_kernels(dtype))
-        fail(op,
-             "no kernel for " + std::string(name(dtype)) + " with instruction set " + cpu::kernels().isa);
+    check_kernels(op, dtype);
     return dtype;
 }
 
@@ -138,9 +135,75 @@ Tensor forward(Tensor input, Tensor weight, OptionalTensor bias, OptionalTensor 
         if (bias->dim() != 1 || bias->size(0) != args.shape.out_channels || !bias->is_contiguous() ||
             dtype_of(op, "bias", *bias) != Dtype::f32)
             fail(op, "bias takes one float32 for each output channel");
-        args.bias = static_cast<const float*>(bias->data_ptr());
+        args.shift = static_cast<const float*>(bias->data_ptr());
     }
     Tensor output = empty_channels_last(input, out_sizes(args.shape));
+    args.residual = residual ? residual->data_ptr() : nullptr;
+    args.relu = relu;
+    args.output = output.data_ptr();
+    cpu::conv_forward(args, torch_threads());
+    return output;
+}
+
+// Packed weights begin with how they are packed, which other instruction sets do otherwise.
+struct PackedHeader {
+    static constexpr int64_t floats = 16;  // a cache line
+
+    int32_t block, pack;
+
+    explicit PackedHeader(Dtype dtype)
+        : block(cpu::convolution_kernels(dtype)->block), pack(cpu::convolution_kernels(dtype)->pack) {}
+};
+
+int64_t packed_bytes(const cpu::ConvForward& args) {
+    return (PackedHeader::floats + cpu::packed_floats(args, torch_threads())) * int64_t{sizeof(float)};
+}
+
+const float* packed_data(const char* op, const Tensor& packed, const cpu::ConvForward& args) {
+    const PackedHeader expected(args.dtype);
+    if (packed.dim() != 1 || packed.numel() != packed_bytes(args) || !packed.is_contiguous() ||
+        !packed.is_cpu() || packed.element_size() != 1 ||
+        std::memcmp(packed.data_ptr(), &expected, sizeof expected) != 0)
+        fail(op,
+             "packed is not what conv_pack_weight makes of this weight with the instruction set in use");
+    return static_cast<const float*>(packed.data_ptr()) + PackedHeader::floats;
+}
+
+// The weight for conv_bn_act_eval of inputs of `like`'s dtype and of any size.
+Tensor pack_weight(Tensor weight, Tensor like, Ints stride, Ints dilation) {
+    constexpr const char* op = "conv_pack_weight";
+    cpu::ConvForward args{};
+    args.weight = conv_weight(op, weight);
+    const Ints smallest = {1, weight.size(1), axes(op, "dilation", dilation, 1).h * weight.size(2) + 1,
+                           dilation[1] * weight.size(3) + 1};
+    args.shape = conv2d(op, smallest, weight, stride, {0, 0}, dilation);
+    args.dtype = dtype_of(op, "like", like);
+    check_kernels(op, args.dtype);
+    Tensor packed = empty_bytes(weight, packed_bytes(args));
+    float* data = static_cast<float*>(packed.data_ptr());
+    const PackedHeader header(args.dtype);
+    std::memset(data, 0, PackedHeader::floats * sizeof(float));
+    std::memcpy(data, &header, sizeof header);
+    cpu::pack_weight(args, data + PackedHeader::floats, torch_threads());
+    return packed;
+}
+
+// act(batch_norm(conv2d(input, conv_weight, conv_bias)) [+ residual]) by the running statistics.
+Tensor bn_act_eval(Tensor input, Tensor conv_weight_tensor, OptionalTensor packed, OptionalTensor conv_bias,
+                   OptionalTensor residual, Tensor running_mean, Tensor running_var, OptionalTensor weight,
+                   OptionalTensor bias, Ints stride, Ints padding, Ints dilation, double eps, bool relu) {
+    constexpr const char* op = "conv_bn_act_eval";
+    cpu::ConvForward args =
+        conv_forward(op, input, conv_weight_tensor, residual, stride, padding, dilation);
+    if (packed) args.packed = packed_data(op, *packed, args);
+    Tensor output = empty_channels_last(input, out_sizes(args.shape));
+    const cpu::Affine affine = cpu::affine(
+        args.shape.out_channels, channel_vector(op, "conv_bias", conv_bias, output),
+        channel_vector(op, "running_mean", running_mean, output),
+        channel_vector(op, "running_var", running_var, output),
+        channel_vector(op, "weight", weight, output), channel_vector(op, "bias", bias, output), eps);
+    args.scale = affine.scale.data();
+    args.shift = affine.shift.data();
     args.residual = residual ? residual->data_ptr() : nullptr;
     args.relu = relu;
     args.output = output.data_ptr();
@@ -290,6 +353,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres, library) {
     library.def(
         "conv_forward(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, "
         "int[] padding, int[] dilation, bool relu) -> Tensor");
+    library.def("conv_pack_weight(Tensor weight, Tensor like, int[] stride, int[] dilation) -> Tensor");
+    library.def(
+        "conv_bn_act_eval(Tensor input, Tensor conv_weight, Tensor? packed, Tensor? conv_bias, "
+        "Tensor? residual, Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, "
+        "int[] stride, int[] padding, int[] dilation, float eps, bool relu) -> Tensor");
     library.def(
         "conv_backward_input(Tensor grad, Tensor weight, int[] input_size, int[] stride, int[] padding, "
         "int[] dilation) -> Tensor");
@@ -312,6 +380,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, library) {
     library.impl("conv_forward", TORCH_BOX(&forward));
+    library.impl("conv_pack_weight", TORCH_BOX(&pack_weight));
+    library.impl("conv_bn_act_eval", TORCH_BOX(&bn_act_eval));
     library.impl("conv_backward_input", TORCH_BOX(&backward_input));
     library.impl("conv_backward_weight", TORCH_BOX(&backward_weight));
     library.impl("conv_bn_act_forward", TORCH_BOX(&bn_act_forward));

@@ -115,6 +115,12 @@ void check_channels(const char* op, const char* argument, const Tensor& tensor, 
 
 }  // namespace
 
+Axes axes(const char* op, const char* argument, const Ints& values, int64_t least) {
+    if (values.size() != 2 || values[0] < least || values[1] < least)
+        fail(op, std::string(argument) + " takes two integers of at least " + std::to_string(least));
+    return {values[0], values[1]};
+}
+
 Dtype dtype_of(const char* op, const char* argument, const Tensor& tensor) {
     if (const auto dtype = to_dtype(tensor.scalar_type())) return *dtype;
     fail(op,
@@ -194,7 +200,7 @@ Tensor output_like(const Tensor& input) {
     return torch::stable::empty_like(input);
 }
 
-Tensor empty_channels_last(const Tensor& like, const std::vector<int64_t>& size) {
+Tensor empty_channels_last(const Tensor& like, const Ints& size) {
     const int64_t c = size[1], h = size[2], w = size[3];
     const int64_t strides[4] = {c * h * w, 1, c * w, c};
     const int64_t bytes = size[0] * c * h * w * static_cast<int64_t>(like.element_size());

@@ -8,14 +8,19 @@
 #include <vector>
 
 #include "core/batch_norm.h"
+#include "core/conv2d.h"
 
 namespace fastres::bindings {
 
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using Ints = std::vector<int64_t>;
 
 // Throws std::runtime_error("fastres::<op>: <message>").
 [[noreturn]] void fail(const char* op, const std::string& message);
+
+// Two integers, of at least `least`.
+Axes axes(const char* op, const char* argument, const Ints& values, int64_t least);
 
 Dtype dtype_of(const char* op, const char* argument, const Tensor& tensor);
 
@@ -40,7 +45,7 @@ void check_statistics(const char* op, const char* argument, const Tensor& tensor
 // An uninitialised tensor for results of input's size, and one of another size in channels-last order.
 // Large ones on the CPU are of cpu::MemoryPool.
 Tensor output_like(const Tensor& input);
-Tensor empty_channels_last(const Tensor& like, const std::vector<int64_t>& size);
+Tensor empty_channels_last(const Tensor& like, const Ints& size);
 
 // Whether they are, from now on; tells whether they were.
 bool keep_memory(bool keep);

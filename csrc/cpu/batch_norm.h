@@ -25,6 +25,16 @@ struct BnCoefficients {
     AlignedVector<float> mean_grad, slope;    // of the input's gradient
 };
 
+// z = y * scale + shift, one entry a channel.
+struct Affine {
+    AlignedVector<float> scale, shift;
+};
+
+// Batch norm of y + input_bias by running statistics.
+Affine affine(int64_t channels, const ChannelVector& input_bias, const ChannelVector& running_mean,
+              const ChannelVector& running_var, const ChannelVector& weight, const ChannelVector& bias,
+              double eps);
+
 // Those of the forward map by saved statistics.
 BnCoefficients forward_coefficients(int64_t channels, const ChannelVector& weight,
                                     const ChannelVector& bias, const double* save_mean,

@@ -7,17 +7,33 @@
 namespace fastres::cpu {
 namespace {
 
-class DirectLoop : GatherTasks {
+bool is_pointwise(const TapAxis& axis) {
+    return axis.taps.size() == 1 && axis.first() == 0 && axis.step == 1;
+}
+
+// Whether a pixel of the output sees the same one of the input, and all are one row.
+bool is_one_row(const Gather& args) {
+    return is_pointwise(args.rows) && is_pointwise(args.columns) && args.batch == 1 && args.in.h == 1 &&
+           args.grid.h == 1 && args.in.w == args.grid.w;
+}
+
+class DirectLoop final : public GatherLoop {
   public:
     DirectLoop(const Gather& args, const ThreadPool& pool)
-        : GatherTasks(args, pool),
+        : GatherLoop(args, pool),
           taps_(static_cast<int64_t>(args.rows.taps.size() * args.columns.taps.size())),
-          k_block_(block_of_k()) {}
+          k_block_(block_of_k()),
+          in_place_(is_one_row(args) && args.dtype == Dtype::f32 && kernels_.pack == 1 &&
+                    args.input.prologue.kind == Prologue::none) {}
 
-    void run() {
-        static thread_local Workspace packed;
-        float* weight = packed.floats(n_blocks_ * taps_ * k_words_ * kernels_.block);
-        pool_.for_each(n_blocks_, [&](int64_t n_block) { pack(n_block, weight); });
+    int64_t packed_floats() const override { return n_blocks_ * taps_ * k_words_ * kernels_.block; }
+
+    void pack(float* packed) const override {
+        pool_.for_each(n_blocks_, [&](int64_t n_block) { pack(n_block, packed); });
+    }
+
+    void run() override {
+        const float* weight = packed_weight();
         const Boxes boxes(args_.batch, args_.grid, pixels_of_box());
         for_each_box(boxes, [&](int64_t index, Range n_blocks, Moments* moments) {
             static thread_local Workspace workspace;
@@ -38,7 +54,7 @@ class DirectLoop : GatherTasks {
     int64_t block_of_k() const {
         // Of few pixels PyTorch's sums are the more exact ones, and the batch norm's errors hide less.
         constexpr int64_t few_pixels = 512;
-        const bool exact = args_.dtype != Dtype::bf16 && pixels() < few_pixels;
+        const bool exact = !args_.one_order && args_.dtype != Dtype::bf16 && pixels() < few_pixels;
         const int64_t least_words = exact ? 16 : 32, most_words = 256, most_steps = exact ? 160 : 640;
         const int64_t most =
             std::max(least_words, std::min(most_words, most_steps / std::max<int64_t>(1, taps_)));
@@ -68,7 +84,7 @@ class DirectLoop : GatherTasks {
             taps_ ? Axes{args_.rows.patch(box.rows.size()), args_.columns.patch(box.columns.size())}
                   : Axes{0, 0};
         const int64_t sums_words = box.pixels() * sums_stride;
-        const int64_t patch_words = box.images.size() * patch.h * patch.w * k_block_;
+        const int64_t patch_words = in_place_ ? 0 : box.images.size() * patch.h * patch.w * k_block_;
         float* sums = workspace.floats(sums_words + patch_words + 3 * sums_stride);
         float* words = sums + sums_words;
         float* about = words + patch_words;
@@ -81,10 +97,17 @@ class DirectLoop : GatherTasks {
         int64_t k = 0;
         do {
             const int64_t k_words = std::min(k_block_, k_words_ - k);
-            if (taps_ > 0)
-                load_patch(box.images, box.rows.begin, box.columns.begin, patch, k * kernels_.pack, k_words,
-                           words);
-            multiply(box, patch, n_blocks, k, k_words, weight, words, of_box, prefetch);
+            if (in_place_) {
+                const float* input = static_cast<const float*>(args_.input.data);
+                multiply(box, patch, n_blocks, k, k_words, weight,
+                         {input + box.columns.begin * args_.in_channels + k, args_.in_channels}, of_box,
+                         prefetch);
+            } else {
+                if (taps_ > 0)
+                    load_patch(box.images, box.rows.begin, box.columns.begin, patch, k * kernels_.pack,
+                               k_words, words);
+                multiply(box, patch, n_blocks, k, k_words, weight, {words, k_words}, of_box, prefetch);
+            }
             k += k_words;
         } while (k < k_words_);
         if (moments) set_moments(n_blocks, box.pixels(), about, sums_stride, moments);
@@ -117,9 +140,15 @@ class DirectLoop : GatherTasks {
         float* moments;  // shift, sum, sum of squares: [stride] each; or null
     };
 
+    // What the grid's first pixel and those behind it see.
+    struct Pixels {
+        const float* words;
+        int64_t stride;  // from one to the next
+    };
+
     // Adds the products of some input channels; stores the sums after the last ones.
     void multiply(const Box& box, Axes patch, Range n_blocks, int64_t k, int64_t k_words,
-                  const float* weight, const float* words, const Sums& sums, Prefetch& prefetch) const {
+                  const float* weight, const Pixels& pixels, const Sums& sums, Prefetch& prefetch) const {
         // Taps that are neighbours in the patch are one run.
         const bool merged = taps_ > 0 && args_.columns.consecutive();
         std::vector<int64_t> runs;
@@ -127,12 +156,12 @@ class DirectLoop : GatherTasks {
             for (const Tap& column : args_.columns.taps) {
                 runs.push_back(
                     ((row.offset - args_.rows.first()) * patch.w + column.offset - args_.columns.first()) *
-                    k_words);
+                    pixels.stride);
                 if (merged) break;
             }
         }
         MultiplyTile tile{};
-        tile.row_stride = args_.columns.patch_step() * k_words;
+        tile.row_stride = args_.columns.patch_step() * pixels.stride;
         tile.step_stride = 1;
         tile.runs = runs.data();
         tile.run_count = static_cast<int64_t>(runs.size());
@@ -147,7 +176,8 @@ class DirectLoop : GatherTasks {
             const int64_t patch_row = image * patch.h + row * args_.rows.patch_step();
             const int64_t pixel = (image * box.rows.size() + row) * width + columns.begin;
             const int64_t channel = (n - n_blocks.begin) * block;
-            tile.a = words + (patch_row * patch.w + columns.begin * args_.columns.patch_step()) * k_words;
+            tile.a = pixels.words +
+                     (patch_row * patch.w + columns.begin * args_.columns.patch_step()) * pixels.stride;
             tile.b = weight + (n * k_words_ + k) * taps_ * block;
             tile.sums = sums.data + pixel * sums.stride + channel;
             tile.rows = static_cast<int>(columns.size());
@@ -160,7 +190,7 @@ class DirectLoop : GatherTasks {
                       sums.moments ? sums.moments + channel : nullptr, sums.stride, pixel == 0);
         };
         // The weights of all blocks stay in the cache if they fit in; else one block's do.
-        constexpr int64_t cached_words = 96 * 1024;
+        constexpr int64_t cached_words = 64 * 1024;
         const bool blocks_inside = n_blocks.size() * taps_ * k_words * block <= cached_words;
         const Range all = n_blocks;
         for (int64_t outer = all.begin; outer < (blocks_inside ? all.begin + 1 : all.end); ++outer)
@@ -173,6 +203,7 @@ class DirectLoop : GatherTasks {
 
     const int64_t taps_;
     const int64_t k_block_;  // words that are multiplied at a time
+    const bool in_place_;    // the input's memory is what is multiplied
 };
 
 TapAxis forward_taps(int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
@@ -194,25 +225,23 @@ TapAxis backward_taps(int64_t kernel, int64_t stride, int64_t padding, int64_t d
 
 // Where a pixel of the output sees one of the input, all are one long row.
 void flatten(Gather& args) {
-    const bool pointwise = args.rows.taps.size() == 1 && args.columns.taps.size() == 1 &&
-                           args.rows.first() == 0 && args.columns.first() == 0 && args.rows.step == 1 &&
-                           args.columns.step == 1;
     const bool whole = args.grid.h == args.out.h && args.grid.w == args.out.w && args.in.h == args.out.h &&
                        args.in.w == args.out.w;
-    if (!pointwise || !whole) return;
+    if (!(is_pointwise(args.rows) && is_pointwise(args.columns)) || !whole) return;
     args.in = args.out = args.grid = {1, args.batch * args.in.h * args.in.w};
     args.batch = 1;
 }
 
-void run(const Gather& args, const ThreadPool& pool) {
-    if (args.batch * args.grid.h * args.grid.w == 0) return;
-    if (winograd_pays(args)) return gather_by_winograd(args, pool);
-    DirectLoop(args, pool).run();
+std::unique_ptr<GatherLoop> loop(const Gather& args, const ThreadPool& pool) {
+    if (winograd_pays(args)) return winograd_loop(args, pool);
+    return std::make_unique<DirectLoop>(args, pool);
 }
 
-}  // namespace
+void run(const Gather& args, const ThreadPool& pool) {
+    if (args.batch * args.grid.h * args.grid.w > 0) loop(args, pool)->run();
+}
 
-void conv_forward(const ConvForward& args, const ThreadPool& pool) {
+Gather forward_gather(const ConvForward& args) {
     const Conv2d& shape = args.shape;
     Gather gather{};
     gather.batch = shape.batch;
@@ -224,7 +253,8 @@ void conv_forward(const ConvForward& args, const ThreadPool& pool) {
     gather.out_channels = shape.out_channels;
     gather.out = gather.grid = shape.out;
     gather.grid_step = {1, 1};
-    gather.bias = args.bias;
+    gather.scale = args.scale;
+    gather.shift = args.shift;
     gather.residual = args.residual;
     gather.relu = args.relu;
     gather.moments = args.moments;
@@ -233,10 +263,35 @@ void conv_forward(const ConvForward& args, const ThreadPool& pool) {
     gather.weight = args.weight;
     gather.k_stride = args.weight.stride_in;
     gather.n_stride = args.weight.stride_out;
+    gather.packed = args.packed;
+    gather.one_order = args.packed != nullptr;
     flatten(gather);
+    return gather;
+}
+
+Gather packing_gather(const ConvForward& args) {
+    Gather gather = forward_gather(args);
+    gather.one_order = true;
+    return gather;
+}
+
+}  // namespace
+
+void conv_forward(const ConvForward& args, const ThreadPool& pool) {
+    const Conv2d& shape = args.shape;
     advise_huge_pages(args.output,
                       shape.batch * shape.out.h * shape.out.w * shape.out_channels * size_of(args.dtype));
-    run(gather, pool);
+    run(forward_gather(args), pool);
+}
+
+int64_t packed_floats(const ConvForward& args, const ThreadPool& pool) {
+    const Gather gather = packing_gather(args);
+    return loop(gather, pool)->packed_floats();
+}
+
+void pack_weight(const ConvForward& args, float* packed, const ThreadPool& pool) {
+    const Gather gather = packing_gather(args);
+    loop(gather, pool)->pack(packed);
 }
 
 void conv_backward_input(const ConvBackwardInput& args, const ThreadPool& pool) {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "cpu/conv_box.h"
@@ -43,7 +44,7 @@ struct Gather {
     ConvOperand input;
     int64_t in_channels;
     Axes in;
-    const float* bias;
+    const float *scale, *shift;
     const void* residual;
     bool relu;
     void* output;
@@ -54,6 +55,8 @@ struct Gather {
     TapAxis rows, columns;
     ConvWeight weight;
     int64_t k_stride, n_stride;
+    const float* packed;  // the weight, as pack left it; or null
+    bool one_order;       // of the packed weight, whatever the number of pixels
 };
 
 // Sums of pixels that are neighbours in a row.
@@ -64,11 +67,17 @@ struct PixelSums {
 };
 
 // Boxes of pixels times blocks of output channels, shared out between the threads.
-class GatherTasks {
+class GatherLoop {
+  public:
+    virtual ~GatherLoop() = default;
+    virtual void run() = 0;
+    virtual int64_t packed_floats() const = 0;
+    virtual void pack(float* packed) const = 0;
+
   protected:
     using Moments = bn_math::Moments<double>;
 
-    GatherTasks(const Gather& args, const ThreadPool& pool)
+    GatherLoop(const Gather& args, const ThreadPool& pool)
         : args_(args),
           pool_(pool),
           kernels_(*convolution_kernels(args.dtype)),
@@ -78,6 +87,14 @@ class GatherTasks {
               streams(args.output, args.batch * args.out.h * args.out.w * pixel_bytes(), pixel_bytes())) {}
 
     int64_t pixels() const { return args_.batch * args_.grid.h * args_.grid.w; }
+
+    const float* packed_weight() const {
+        if (args_.packed) return args_.packed;
+        static thread_local Workspace workspace;
+        float* packed = workspace.floats(packed_floats());
+        pack(packed);
+        return packed;
+    }
 
     // Calls gather(index of the box, its blocks of output channels, where its moments go) for all of them.
     template <class GatherBox>
@@ -133,19 +150,20 @@ class GatherTasks {
         store.output = at(args_.output, element, args_.dtype);
         store.residual = at(args_.residual, element, args_.dtype);
         store.row_stride = args_.grid_step.w * args_.out_channels;
-        store.bias = args_.bias ? args_.bias + channel : nullptr;
+        store.scale = args_.scale ? args_.scale + channel : nullptr;
+        store.shift = args_.shift ? args_.shift + channel : nullptr;
         store.relu = args_.relu;
         store.stream = stream_;
         if (moments) {
             if (first) std::copy_n(sums.data, store.channels, moments);
-            store.shift = moments;
+            store.about = moments;
             store.sum = moments + moments_stride;
             store.sum_of_squares = moments + 2 * moments_stride;
         }
         kernels_.store(store);
     }
 
-    // From shift, sum and sum of squares, `stride` floats each, of so many pixels.
+    // From what the moments are about, sum and sum of squares, `stride` floats each, of so many pixels.
     void set_moments(Range n_blocks, int64_t pixels, const float* about, int64_t stride,
                      Moments* moments) const {
         const int64_t channel = n_blocks.begin * kernels_.block;
@@ -198,6 +216,6 @@ class GatherTasks {
 
 // Whether multiplying transformed tiles is the faster way; see conv_winograd.cpp.
 bool winograd_pays(const Gather& args);
-void gather_by_winograd(const Gather& args, const ThreadPool& pool);
+std::unique_ptr<GatherLoop> winograd_loop(const Gather& args, const ThreadPool& pool);
 
 }  // namespace fastres::cpu

@@ -52,21 +52,21 @@ struct PixelRow {
     PrologueCoefficients prologue;
 };
 
-// Where the sums of a tile go: output = act(sums + bias + residual), as far as these are given; or
+// Where the sums of a tile go: output = act(sums * scale + shift + residual), as far as these are given; or
 // output = sums, with the moments of the output.
 struct StoreTile {
     const float* sums;  // [row][sums_stride]
     int64_t sums_stride;
     int rows;
     int64_t channels;
-    void* output;          // the first row's, and so the residual
-    const void* residual;  // or null
-    int64_t row_stride;    // elements of output and residual from one row to the next
-    const float* bias;     // or null
+    void* output;                // the first row's, and so the residual
+    const void* residual;        // or null
+    int64_t row_stride;          // elements of output and residual from one row to the next
+    const float *scale, *shift;  // or null
     bool relu;
     bool stream;  // write past the caches; each row's channels are then whole, aligned cache lines
-    // Sums over the rows of (output - shift) and of its square, added to what is there; or null.
-    const float* shift;
+    // Sums over the rows of (output - about) and of its square, added to what is there; or null.
+    const float* about;
     float* sum;
     float* sum_of_squares;
 };

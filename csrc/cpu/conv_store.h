@@ -14,19 +14,21 @@ template <class T, class Lane, Epilogue epilogue>
 struct StoreColumn {
     const StoreTile& tile;
     int64_t c;
-    Lane bias, shift, sum, sum_of_squares;
+    Lane scale, shift, about, sum, sum_of_squares;
 
     FASTRES_INLINE_BODY StoreColumn(const StoreTile& tile, int64_t c)
-        : tile(tile), c(c), bias{}, shift{}, sum{}, sum_of_squares{} {
-        if constexpr (epilogue == Epilogue::moments) shift = load_as<Lane>(tile.shift + c);
-        if constexpr (epilogue == Epilogue::activation)
-            if (tile.bias) bias = load_as<Lane>(tile.bias + c);
+        : tile(tile), c(c), scale(Lane{} + 1.0f), shift{}, about{}, sum{}, sum_of_squares{} {
+        if constexpr (epilogue == Epilogue::moments) about = load_as<Lane>(tile.about + c);
+        if constexpr (epilogue == Epilogue::activation) {
+            if (tile.scale) scale = load_as<Lane>(tile.scale + c);
+            if (tile.shift) shift = load_as<Lane>(tile.shift + c);
+        }
     }
 
     FASTRES_INLINE_BODY Lane value(int row) const {
         Lane value = load_as<Lane>(tile.sums + row * tile.sums_stride + c);
         if constexpr (epilogue == Epilogue::activation) {
-            value += bias;
+            value = value * scale + shift;
             if (tile.residual)
                 value += load_as<Lane>(static_cast<const T*>(tile.residual) + row * tile.row_stride + c);
             if (tile.relu) value = relu(value);
@@ -38,7 +40,7 @@ struct StoreColumn {
     }
     FASTRES_INLINE_BODY void add(Lane stored) {
         if constexpr (epilogue == Epilogue::moments) {
-            const Lane deviation = stored - shift;
+            const Lane deviation = stored - about;
             sum += deviation;
             sum_of_squares += deviation * deviation;
         }
@@ -94,7 +96,8 @@ FASTRES_ALWAYS void store_with(const StoreTile& tile) {
 template <class T>
 void store_tile(const StoreTile& tile) {
     if (tile.sum) return store_with<T, Epilogue::moments>(tile);
-    if (tile.bias || tile.residual || tile.relu) return store_with<T, Epilogue::activation>(tile);
+    if (tile.scale || tile.shift || tile.residual || tile.relu)
+        return store_with<T, Epilogue::activation>(tile);
     return store_with<T, Epilogue::none>(tile);
 }
 

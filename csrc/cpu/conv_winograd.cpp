@@ -16,18 +16,22 @@ namespace {
 
 std::atomic<WinogradUse> use{WinogradUse::where_faster};
 
-class WinogradLoop : GatherTasks {
+class WinogradLoop final : public GatherLoop {
   public:
     WinogradLoop(const Gather& args, const ThreadPool& pool)
-        : GatherTasks(args, pool), block_(kernels_.block), channels_(args.in_channels) {}
+        : GatherLoop(args, pool), block_(kernels_.block), channels_(args.in_channels) {}
 
-    void run() {
-        static thread_local Workspace packed;
-        float* weight = packed.floats(n_blocks_ * kTileProducts * channels_ * block_);
+    int64_t packed_floats() const override { return n_blocks_ * kTileProducts * channels_ * block_; }
+
+    void pack(float* packed) const override {
         const int64_t parts = ceil_div(channels_, kChannelsOfPart);
         pool_.for_each(n_blocks_ * parts, [&](int64_t task) {
-            pack(task / parts, part(channels_, parts, task % parts), weight);
+            pack(task / parts, part(channels_, parts, task % parts), packed);
         });
+    }
+
+    void run() override {
+        const float* weight = packed_weight();
         const Boxes boxes(args_.batch, tiles_of(args_.grid), kTilesOfBox);
         for_each_box(boxes, [&](int64_t index, Range n_blocks, Moments* moments) {
             gather(boxes[index], n_blocks, weight, moments);
@@ -195,15 +199,17 @@ bool winograd_pays(const ConvKernels& kernels, int64_t images, Axes out, int64_t
 }
 
 bool winograd_pays(const Gather& args) {
+    if (!(of_three(args.rows) && of_three(args.columns) && args.grid_step.h == 1 && args.grid_step.w == 1))
+        return false;
+    const ConvKernels& kernels = *convolution_kernels(args.dtype);
+    if (args.one_order)
+        return winograd_pays(kernels, 1, {kTileStep, kTileStep}, args.in_channels, args.out_channels, 1);
     constexpr int64_t least_pixels = 256;  // of fewer the weights' transform takes too long
-    return of_three(args.rows) && of_three(args.columns) && args.grid_step.h == 1 &&
-           args.grid_step.w == 1 &&
-           winograd_pays(*convolution_kernels(args.dtype), args.batch, args.grid, args.in_channels,
-                         args.out_channels, least_pixels);
+    return winograd_pays(kernels, args.batch, args.grid, args.in_channels, args.out_channels, least_pixels);
 }
 
-void gather_by_winograd(const Gather& args, const ThreadPool& pool) {
-    WinogradLoop(args, pool).run();
+std::unique_ptr<GatherLoop> winograd_loop(const Gather& args, const ThreadPool& pool) {
+    return std::make_unique<WinogradLoop>(args, pool);
 }
 
 }  // namespace fastres::cpu

@@ -21,8 +21,9 @@ struct ConvForward {
     Dtype dtype;  // of input, residual and output
     ConvOperand input;
     ConvWeight weight;
-    const float* bias;     // [out_channels], or null
-    const void* residual;  // like output, or null
+    const float* packed;         // weight as pack_weight left it; null: it is packed for this call
+    const float *scale, *shift;  // output = act(sums * scale + shift + residual): [out_channels], or null
+    const void* residual;        // like output, or null
     bool relu;
     void* output;
     bn_math::Moments<double>* moments;  // [out_channels], of the output over all pixels; or null
@@ -44,6 +45,12 @@ struct ConvBackwardWeight {
 };
 
 void conv_forward(const ConvForward& args, const ThreadPool& pool);
+
+// A weight in the order in which conv_forward multiplies it, which is one for inputs of all sizes: so many
+// floats. Of `args`, neither pixels nor pointers to other tensors count.
+int64_t packed_floats(const ConvForward& args, const ThreadPool& pool);
+void pack_weight(const ConvForward& args, float* packed, const ThreadPool& pool);
+
 void conv_backward_input(const ConvBackwardInput& args, const ThreadPool& pool);
 void conv_backward_weight(const ConvBackwardWeight& args, const ThreadPool& pool);
 

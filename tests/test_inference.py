@@ -1,0 +1,178 @@
+"""optimize_for_inference: what it keeps, when it makes that anew, and that results are stock PyTorch's."""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from accuracy import assert_as_accurate
+from torch import nn
+
+import fastres
+from fastres import packing
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def packs(monkeypatch):
+    """Each weight that is packed."""
+    made, pack = [], packing._pack
+    monkeypatch.setattr(packing, "_pack", lambda weight, *rest: made.append(weight) or pack(weight, *rest))
+    return made
+
+
+def stock_model():
+    """ResNet-18 of torch.nn's modules, with statistics and factors that are not their initial ones."""
+    torch.manual_seed(0)
+    model = fastres.unfuse(fastres.models.resnet18(num_classes=10))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.bias, module.running_mean):
+                nn.init.normal_(tensor, std=0.2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model.eval()
+
+
+def images(batch=2, side=64):
+    return torch.randn(batch, 3, side, side).contiguous(memory_format=torch.channels_last)
+
+
+def stock_output(model, input):
+    with torch.no_grad(), fastres.sites.stock():
+        return model(input)
+
+
+def check(model, stock, input):
+    with torch.no_grad():
+        reference = stock_output(copy.deepcopy(stock).double(), input.double())
+        assert_as_accurate("logits", model(input), stock_output(stock, input), reference)
+
+
+def test_results_are_as_accurate_as_stock_and_weights_are_packed_once(packs):
+    stock = stock_model()
+    model = fastres.optimize_for_inference(stock)
+    for batch, side in ((1, 64), (8, 64), (2, 97), (1, 224)):
+        check(model, stock, images(batch, side))
+    assert len(packs) == len({id(weight) for weight in packs}) == 19  # all but the image's own
+
+
+@pytest.mark.parametrize("cast", ["autocast", "module"])
+def test_bfloat16(cast, packs):
+    stock = stock_model()
+    model = fastres.optimize_for_inference(stock)
+    input = images()
+    reference = stock_output(copy.deepcopy(stock).double(), input.double())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=cast == "autocast"):
+        if cast == "module":
+            stock, model, input = stock.bfloat16(), model.bfloat16(), input.bfloat16()
+            reference = stock_output(copy.deepcopy(stock).double(), input.double())
+        assert_as_accurate("logits", model(input), stock_output(stock, input), reference)
+        model(input)
+    assert len(packs) == (19 if fastres._C.convolves("bfloat16") else 0)
+
+
+def _load(model, other):
+    model.load_state_dict(other.state_dict())
+
+
+def _copy(model, other):
+    with torch.no_grad():
+        for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            ours.copy_(theirs)
+
+
+def _exchange(model, other):
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        ours.data = theirs.detach().clone()
+
+
+@pytest.mark.parametrize("change", [_load, _copy, _exchange])
+def test_changed_weights_are_packed_anew(change):
+    stock, other, input = stock_model(), stock_model(), images()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    model = fastres.optimize_for_inference(stock)
+    check(model, stock, input)
+    change(model, other)
+    check(model, other, input)
+
+
+def test_changed_statistics_and_factors_are_seen():
+    stock = stock_model()
+    model = fastres.optimize_for_inference(stock)
+    check(model, stock, images())
+    for changed in (model, stock):
+        for module in changed.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for name in ("running_mean", "running_var", "weight", "bias"):
+                    getattr(module, name).data.mul_(1.2)  # which autograd does not see
+    check(model, stock, images())
+
+
+def test_what_it_does_to_a_model():
+    stock = stock_model().train()
+    model = fastres.optimize_for_inference(stock)
+    assert stock.training and all(p.requires_grad for p in stock.parameters())
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model(images()).requires_grad
+    ours, theirs = model.state_dict(), stock.state_dict()
+    assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert fastres.optimize_for_inference(stock, inplace=True) is stock
+    assert not stock.training
+    with pytest.raises(TypeError, match="expected torch.nn.Module"):
+        fastres.optimize_for_inference(stock.state_dict())
+
+
+def test_training_goes_on_as_without():
+    stock, input = stock_model(), images()
+    model = fastres.optimize_for_inference(stock)
+    model(input)
+    grads = []
+    for trained in (model, fastres.fuse(stock)):
+        trained.train().requires_grad_(True).zero_grad()
+        trained(input).sum().backward()
+        grads.append([parameter.grad for parameter in trained.parameters()])
+    assert all(map(torch.equal, *grads))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_give_the_same_results(duplicate, packs):
+    model, input = fastres.optimize_for_inference(stock_model()), images()
+    output = model(input)
+    kept = len(packs)
+    again = duplicate(model)
+    assert_as_accurate("logits", again(input), output, stock_output(stock_model().double(), input.double()))
+    assert len(packs) == kept
+
+
+def test_what_is_packed_dies_with_its_model():
+    gc.collect()
+    before = len(packing._kept)
+    model = fastres.optimize_for_inference(stock_model())
+    model(images())
+    assert len(packing._kept) == before + 20
+    del model
+    gc.collect()
+    assert len(packing._kept) == before
+
+
+def test_inference_mode(packs):
+    with torch.inference_mode():
+        stock = stock_model()
+        model, input = fastres.optimize_for_inference(stock), images()
+        first, second = model(input), model(input)
+    assert torch.equal(first, second)
+    assert len(packs) == 19
+
+
+def test_a_client(torchvision, packs):
+    """Grouped convolutions are PyTorch's, the others are packed."""
+    torch.manual_seed(0)
+    stock = torchvision.models.resnext50_32x4d(num_classes=10).eval()
+    check(fastres.optimize_for_inference(stock), stock, images())
+    assert len(packs) == 53 - 16 - 1
