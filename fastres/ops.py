@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastres import composed, convolution, kernels
+from fastres import composed, convolution, kernels, max_pool
 from fastres.kernels import CUDA, accumulation_dtype, bn_act, is_channels_last, library, same_layout
 from fastres.recompute import call_without_keeping, call_without_keeping_values
 
@@ -32,8 +32,9 @@ _CPU_DTYPES = _CUDA_DTYPES | {torch.float64}
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 
-# Told why an op runs as the composition of PyTorch's own.
+# Told why an op runs as the composition of PyTorch's own; and that the maximum behind it does.
 on_composed: Callable[[str], object] | None = None
+on_pool_apart: Callable[[], object] | None = None
 
 
 def _is_special(*tensors: Tensor | None) -> bool:
@@ -120,8 +121,9 @@ def _check_residual(op: str, argument: str, residual: Tensor, input: Tensor) -> 
 
 
 def _bn_act(
-    op, input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
+    op, input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu, pool=None
 ) -> Tensor:
+    """act(batch_norm(input) [+ residual]), and the maximum over windows of that where there is a `pool`."""
     if residual is not None:
         _check_residual(op, "residual", residual, input)
     channel_vectors = (running_mean, running_var, weight, bias)
@@ -133,15 +135,27 @@ def _bn_act(
     )
     if reason is not None:
         _tell_composed(reason)
-        return composed.bn_act(
+        output = composed.bn_act(
             input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
         )
+        return _pooled(pool, output)
+    if pool is not None and relu and residual is None and not _is_traced() and max_pool.covers(pool, input):
+        return max_pool.bn_relu_max_pool(pool, input, *channel_vectors, training, momentum, eps)
     if residual is not None and not same_layout(residual, input):
         residual = torch.empty_like(input).copy_(residual)
     arguments = (input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu)
     if _is_traced():
-        return _kernels.bn_act_forward(*arguments)[0]
-    return bn_act(*arguments)[0]
+        return _pooled(pool, _kernels.bn_act_forward(*arguments)[0])
+    return _pooled(pool, bn_act(*arguments)[0])
+
+
+def _pooled(pool: max_pool.MaxPool | None, output: Tensor) -> Tensor:
+    """The maximum over windows by PyTorch, which keeps no input for backward that can be made again."""
+    if pool is None:
+        return output
+    if on_pool_apart is not None and not torch.compiler.is_dynamo_compiling():
+        on_pool_apart()
+    return call_without_keeping(lambda values: max_pool.max_pool(pool, values), output)
 
 
 def _is_traced() -> bool:
@@ -315,7 +329,31 @@ def conv_bn_relu(
     """
     if activation not in ("relu", None):
         raise ValueError(f"fastres::conv_bn_relu: activation is {activation!r}, expected 'relu' or None")
-    relu = activation == "relu"
+    arguments = (input, weight, running_mean, running_var, bn_weight, bn_bias, residual, conv_bias)
+    geometry = (stride, padding, dilation, groups)
+    return conv_bn_act(*arguments, *geometry, training, momentum, eps, activation == "relu", None)
+
+
+def conv_bn_act(
+    input,
+    weight,
+    running_mean,
+    running_var,
+    bn_weight,
+    bn_bias,
+    residual,
+    conv_bias,
+    stride,
+    padding,
+    dilation,
+    groups,
+    training,
+    momentum,
+    eps,
+    relu,
+    pool: max_pool.MaxPool | None,
+) -> Tensor:
+    """conv_bn_relu, and the maximum over windows of that where there is a `pool`."""
     channel_vectors = (running_mean, running_var, bn_weight, bn_bias)
     learned = (input, weight, conv_bias, bn_weight, bn_bias, residual)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned)
@@ -328,7 +366,7 @@ def conv_bn_relu(
             by = None
     if training:
         if by is not None and conv_bias is None and isinstance(momentum, (int, float)):
-            return call_without_keeping_values(
+            output = call_without_keeping_values(
                 convolution.conv_bn_act,
                 input.to(dtype),
                 weight,
@@ -339,12 +377,14 @@ def conv_bn_relu(
                 eps,
                 relu,
             )
+            return _pooled(pool, output)
     elif running_mean is not None and running_var is not None and not needs_grad:
         if by is not None:
-            return convolution.conv_bn_act_eval(
+            output = convolution.conv_bn_act_eval(
                 input.to(dtype), weight, conv_bias, residual, *channel_vectors, by, eps, relu
             )
-        if _pays_folding(input, weight):
+            return _pooled(pool, output)
+        if _pays_folding(input, weight) and pool is None:
             folded = composed.fold_batch_norm(
                 weight, conv_bias, running_mean, running_var, bn_weight, bn_bias, eps
             )
@@ -366,6 +406,7 @@ def conv_bn_relu(
         momentum,
         eps,
         relu,
+        pool,
     )
 
 

@@ -275,12 +275,22 @@ def rewrite(traced: Trace, chains: list[Chain], inlined: frozenset[nn.Module]) -
         _replace(traced.graph, chain, replaced)
     for node in list(traced.graph.nodes):
         if traced.calls(node, nn.MaxPool2d) and node.args[0] in replaced.values():
-            with traced.graph.inserting_before(node):
-                pool = traced.graph.create_node("get_attr", node.target)
-                call = traced.graph.call_function(sites.max_pool, (pool, *node.args))
-            node.replace_all_uses_with(call)
-            traced.graph.erase_node(node)
+            _take_pool(traced.graph, node, node.args[0])
     return list(guards.values())
+
+
+def _take_pool(graph: fx.Graph, node: fx.Node, chain: fx.Node) -> None:
+    """Leave a pool to the call of the chain before it; or let it keep less, where others use that too."""
+    together = chain.target is sites.conv_bn_act and list(chain.users) == [node] and chain.next is node
+    with graph.inserting_before(chain if together else node):
+        pool = graph.create_node("get_attr", node.target)
+    if together:
+        chain.kwargs = {**chain.kwargs, "pool": pool}
+    else:
+        with graph.inserting_before(node):
+            chain = graph.call_function(sites.max_pool, (pool, *node.args))
+    node.replace_all_uses_with(chain)
+    graph.erase_node(node)
 
 
 def _replace(graph: fx.Graph, chain: Chain, replaced: dict[fx.Node, fx.Node]) -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastres import ops
+from fastres.max_pool import MaxPool
 from fastres.recompute import call_without_keeping
 
 __all__ = ["Reason", "Record", "add_act", "bn_act", "conv_bn_act", "listen", "record", "stock", "why_not"]
@@ -24,6 +25,7 @@ _CONV = (nn.Conv2d,)
 _BN_AFTER_CONV = (nn.BatchNorm2d,)
 _BN = (nn.BatchNorm2d, nn.BatchNorm1d, nn.BatchNorm3d)
 _ACT = (nn.ReLU,)
+_POOL = (nn.MaxPool2d,)
 _INPUT_DIMS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
 
 # The module that is in the way, None where it is none of the site's; and what is so about it, in words that
@@ -51,6 +53,10 @@ class Record:
         """Note that no kernel ran the fused op."""
         self.fused, self.reason = False, (None, reason)
 
+    def pool_apart(self) -> None:
+        """Note that the maximum over windows is no part of the fused op."""
+        self.ran = self.ran.removesuffix("_max_pool")
+
 
 _listener: Callable[[Record], object] | None = None
 
@@ -63,7 +69,7 @@ def listen(listener: Callable[[Record], object]) -> Iterator[None]:
     try:
         yield
     finally:
-        _listener, ops.on_composed = outer, None
+        _listener, ops.on_composed, ops.on_pool_apart = outer, None, None
 
 
 @contextmanager
@@ -163,8 +169,9 @@ def conv_bn_act(
     residual: Tensor | None = None,
     *,
     relu: bool,
+    pool: nn.Module | None = None,
 ) -> Tensor:
-    """act(bn(conv(input)) [+ residual]).
+    """act(bn(conv(input)) [+ residual]), and `pool` of it where there is one.
 
     Args:
         conv, bn: fused if they are a plain nn.Conv2d and nn.BatchNorm2d.
@@ -172,10 +179,14 @@ def conv_bn_act(
         input: (N, C_in, H, W).
         residual: of the convolution's output shape, or None.
         relu: whether a ReLU follows; always True where `act` is a module.
+        pool: fused if it is a plain nn.MaxPool2d.
 
     Returns:
         (N, C_out, H_out, W_out).
     """
+    windows = _windows(pool)
+    if pool is not None and windows is None:
+        return max_pool(pool, conv_bn_act(conv, bn, act, input, residual, relu=relu))
     reason = (
         _why_not(conv, _CONV)
         or _why_not(bn, _BN_AFTER_CONV)
@@ -185,27 +196,29 @@ def conv_bn_act(
         or _why_no_site()
     )
     if _listener is not None:
-        _tell("conv_bn", (conv, bn, act), residual, relu, reason)
+        _tell("conv_bn", (conv, bn, act, pool), residual, relu, reason, pool)
     if reason is not None:
-        return _activate(act, _add(bn(conv(input)), residual), relu)
+        output = _activate(act, _add(bn(conv(input)), residual), relu)
+        return output if pool is None else pool(output)
     running_mean, running_var, training, momentum = _statistics(bn)
-    return ops.conv_bn_relu(
+    return ops.conv_bn_act(
         input,
         conv.weight,
         running_mean,
         running_var,
         bn.weight,
         bn.bias,
-        residual=residual,
-        conv_bias=conv.bias,
-        stride=conv.stride,
-        padding=conv.padding,
-        dilation=conv.dilation,
-        groups=conv.groups,
-        training=training,
-        momentum=momentum,
-        eps=bn.eps,
-        activation="relu" if relu else None,
+        residual,
+        conv.bias,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        training,
+        momentum,
+        bn.eps,
+        relu,
+        windows,
     )
 
 
@@ -276,6 +289,11 @@ def max_pool(pool: nn.Module, input: Tensor) -> Tensor:
     return pool(input) if _stock else call_without_keeping(pool, input)
 
 
+def _windows(pool: nn.Module | None) -> MaxPool | None:
+    """What to take the maximum over; None where that is left to `pool` itself."""
+    return None if pool is None or _why_not(pool, _POOL) is not None else MaxPool.of(pool)
+
+
 def _fused_bn_act(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     running_mean, running_var, training, momentum = _statistics(bn)
     arguments = (running_mean, running_var, bn.weight, bn.bias, training, momentum, bn.eps)
@@ -286,11 +304,11 @@ def _fused_bn_act(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None, re
     return ops.bn_add_relu(input, residual, *arguments)
 
 
-def _tell(op, modules, residual, relu, reason) -> None:
-    parts = (op, "add" if residual is not None else "", "relu" if relu else "")
+def _tell(op, modules, residual, relu, reason, pool=None) -> None:
+    parts = (op, residual is not None and "add", relu and "relu", pool is not None and "max_pool")
     present = tuple(module for module in modules if module is not None)
     record = Record(present, "_".join(filter(None, parts)), reason is None, reason)
-    ops.on_composed = record.composed
+    ops.on_composed, ops.on_pool_apart = record.composed, record.pool_apart
     _listener(record)
 
 

@@ -33,8 +33,8 @@ std::vector<std::string> kernels() {
         names.push_back(std::string("cpu/") + unit->isa + "/" + kernel);
     };
     for (const fastres::cpu::Kernels* unit : fastres::cpu::available_kernels()) {
-        for (const char* kernel :
-             {"bn_moments", "bn_apply", "bn_reduce", "bn_input_grad", "add_relu", "add_relu_grad"})
+        for (const char* kernel : {"bn_moments", "bn_apply", "bn_reduce", "bn_input_grad", "add_relu",
+                                   "add_relu_grad", "max_pool", "max_pool_grad"})
             add(unit, kernel);
         if (unit->convolution[static_cast<int>(fastres::Dtype::f32)])
             for (const char* kernel :

@@ -82,6 +82,26 @@ struct AddReluGradPiece {  // grad_input = grad * [output > 0]
     bool stream;
 };
 
+struct MaxPoolRow {           // output = the largest of a window's pixels, index = the first that is it
+    const void* const* rows;  // [kernel_h], of the input; null outside of the image
+    int64_t kernel_h, kernel_w, stride, padding;
+    int64_t width, out_width, channels;
+    void* output;
+    uint8_t* index;
+};
+
+struct MaxPoolGradRow {  // grad_input = sum of the gradients of the windows whose largest pixel it is
+    struct Window {      // a row of the output
+        const void* grad;
+        const uint8_t* index;
+        int first_tap;  // the index of this row's first pixel in the windows
+    };
+    const Window* windows;
+    int64_t count, kernel_w, stride, padding;
+    int64_t width, out_width, channels;
+    void* grad_input;
+};
+
 struct Kernels {
     struct Layout {
         void (*shifted_sums)(const ShiftedSumsPiece&);
@@ -93,9 +113,14 @@ struct Kernels {
         void (*add_relu)(const AddReluPiece&);
         void (*add_relu_grad)(const AddReluGradPiece&);
     };
+    struct MaxPool {
+        void (*forward)(const MaxPoolRow&);
+        void (*backward)(const MaxPoolGradRow&);
+    };
     struct Loops {
         Layout rows, plane;
         Elementwise elementwise;
+        MaxPool max_pool;
     };
     const char* isa;
     Loops loops[kDtypes];

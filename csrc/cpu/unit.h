@@ -4,6 +4,7 @@
 #include "cpu/add_relu_loops.h"
 #include "cpu/batch_norm_loops.h"
 #include "cpu/conv_loops.h"
+#include "cpu/max_pool_loops.h"
 
 namespace fastres::cpu::FASTRES_ISA {
 
@@ -11,7 +12,8 @@ template <class T>
 constexpr Kernels::Loops loops_of() {
     return {{shifted_sums<T, RowTiles>, apply<T, Rows>, reduce<T, Rows, RowTiles>, input_grad<T, Rows>},
             {shifted_sums<T, Plane>, apply<T, Plane>, reduce<T, Plane, Plane>, input_grad<T, Plane>},
-            {add_relu<T>, add_relu_grad<T>}};
+            {add_relu<T>, add_relu_grad<T>},
+            {max_pool<T>, max_pool_grad<T>}};
 }
 
 #if defined(__AVX512BF16__)

@@ -92,8 +92,7 @@ class ResNet(nn.Module):
         return nn.Sequential(*layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = sites.conv_bn_act(self.conv1, self.bn1, self.relu, x, relu=True)
-        x = sites.max_pool(self.maxpool, x)
+        x = sites.conv_bn_act(self.conv1, self.bn1, self.relu, x, relu=True, pool=self.maxpool)
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)
