@@ -44,6 +44,19 @@ def run(shape, dtype, layout, device) -> list[torch.Tensor]:
         kept = output if relu and residual is not None else None
         written += output, *saved
         written += KERNELS.bn_act_backward(grad, input, kept, weight, bias, *saved, training, relu)
+    if layout == torch.channels_last:
+        # ResNet's windows, and of a kernel that is not compiled for its size.
+        for kernel, stride, padding in ((3, 2, 1), (2, 1, 0)):
+            size = [(side + 2 * padding - kernel) // stride + 1 for side in shape[2:]]
+            window = [kernel] * 2, [stride] * 2, [padding] * 2
+            for training in (True, False):
+                output, index, *saved = KERNELS.bn_relu_max_pool_forward(
+                    input, running_mean, running_var, weight, bias, training, 0.1, 1e-5, size, *window
+                )
+                written += output, index, *saved
+                written += KERNELS.bn_relu_max_pool_backward(
+                    torch.ones_like(output), input, index, weight, bias, *saved, training, *window
+                )
     output = ops.add_relu(input, other)
     return [*written, output, KERNELS.add_relu_backward(grad, output)]
 

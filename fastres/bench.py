@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from fastres import _C, sites
 from fastres.files import replaced
 from fastres.fuse import fuse
+from fastres.inference import optimize_for_inference
 from fastres.models import by_name
 from fastres.progress import shown
 from fastres.timing import Machine, Seconds, Spread, interleave, ratios, usable_cores
@@ -48,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode",
         choices=["train", "infer"],
         default="train",
-        help="train: forward, loss, backward, SGD with momentum; infer: forward (default: %(default)s)",
+        help="train: forward, loss, backward, SGD with momentum; infer: forward, by optimize_for_inference "
+        "but with --contiguous (default: %(default)s)",
     )
     add("--against", default="eager", help="eager, compile or eager,compile (default: %(default)s)")
     add("--contiguous", action="store_true", help="memory in NCHW order instead of channels_last")
@@ -219,6 +221,8 @@ class Variant:
             torch.manual_seed(0)
             model = _model(arguments.model)
         self.model = model.to(self.device, memory_format=layout).train(self.training)
+        if name == "fused" and not (self.training or arguments.contiguous):
+            model = self.model = optimize_for_inference(self.model, inplace=True)
         # So small that a batch seen many times is not learned by heart: its gradients would become denormal
         # numbers, which are slow.
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-5, momentum=0.9)

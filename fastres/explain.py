@@ -39,6 +39,7 @@ class Row:
         ran: the fused operations that ran, in order.
         stock: qualified names of the batch norms and ReLUs that ran unfused.
         reasons: why, in words.
+        convolutions: how many of the fused operations began with fastres's own, and with PyTorch's.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Row:
     ran: tuple[str, ...]
     stock: tuple[str, ...]
     reasons: tuple[str, ...]
+    convolutions: tuple[int, int] = (0, 0)
 
     @property
     def fused(self) -> bool:
@@ -71,10 +73,16 @@ class Explanation:
             f", {count[status]} {status}" for status in ("partly", "stock") if count[status]
         )
 
+    @property
+    def convolutions(self) -> str:
+        """One line: whose convolutions begin the fused operations; "" where there are none."""
+        ours, theirs = (sum(row.convolutions[side] for row in self.rows) for side in (0, 1))
+        return f"{ours} of {ours + theirs} fused convolutions are fastres's own" if ours + theirs else ""
+
     def __str__(self) -> str:
         width = max((len(row.name) for row in self.rows), default=0)
         lines = [" " * (width - len(row.name)) + str(row) for row in self.rows]
-        return "\n".join([*lines, self.summary])
+        return "\n".join(filter(None, [*lines, self.summary, self.convolutions]))
 
     __repr__ = __str__
 
@@ -217,7 +225,16 @@ def _row(block: _Block, names: dict[nn.Module, str]) -> Row:
     else:
         words = list(reasons)
     status = "fused" if not reasons else "partly" if ran else "stock"
-    return Row(names[block.module], status, ran, tuple(names[module] for module in stock), tuple(words))
+    convolving = [r for r in block.records if r.fused and r.ran.startswith("conv")]
+    ours = sum(record.own_convolution for record in convolving)
+    return Row(
+        names[block.module],
+        status,
+        ran,
+        tuple(names[module] for module in stock),
+        tuple(words),
+        (ours, len(convolving) - ours),
+    )
 
 
 def _why_called(block: _Block, module: nn.Module, names: dict[nn.Module, str]) -> str:

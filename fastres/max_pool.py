@@ -69,7 +69,8 @@ def max_pool(pool: MaxPool, input: Tensor) -> Tensor:
 @register_fake("fastres::bn_relu_max_pool_forward")
 def _(input, running_mean, running_var, weight, bias, training, momentum, eps, output_size, *rest):
     output = input.new_empty((*input.shape[:2], *output_size)).to(memory_format=torch.channels_last)
-    mean = input.new_empty(input.size(1), dtype=torch.float64)
+    dtype = torch.float64 if input.device.type == "cpu" else torch.float32
+    mean = input.new_empty(input.size(1), dtype=dtype)
     return output, input.new_empty(output.numel(), dtype=torch.uint8), mean, torch.empty_like(mean)
 
 
@@ -140,12 +141,7 @@ def _call(pool, input, running_mean, running_var, weight, bias, training, moment
 
 def covers(pool: MaxPool, input: Tensor) -> bool:
     """Whether the kernels take an activation that bn_act's kernels take."""
-    return (
-        input.device.type == "cpu"
-        and input.dim() == 4
-        and kernels.is_channels_last(input)
-        and min(pool.output_size(input)) > 0
-    )
+    return input.dim() == 4 and kernels.is_channels_last(input) and min(pool.output_size(input)) > 0
 
 
 def bn_relu_max_pool(

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastres import composed, convolution, kernels, max_pool
+from fastres import composed, convolution, kernels, max_pool, tuning
 from fastres.kernels import CUDA, accumulation_dtype, bn_act, is_channels_last, library, same_layout
+from fastres.packing import is_kept
 from fastres.recompute import call_without_keeping, call_without_keeping_values
 
 __all__ = ["add_relu", "batch_norm", "bn_add_relu", "bn_relu", "conv_bn_relu"]
@@ -32,15 +33,22 @@ _CPU_DTYPES = _CUDA_DTYPES | {torch.float64}
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 
-# Told why an op runs as the composition of PyTorch's own; and that the maximum behind it does.
+# Told why an op runs as the composition of PyTorch's own; that the maximum behind it does; and that the
+# convolution before it does not.
 on_composed: Callable[[str], object] | None = None
 on_pool_apart: Callable[[], object] | None = None
+on_own_convolution: Callable[[], object] | None = None
 
 
 def _is_special(*tensors: Tensor | None) -> bool:
-    """Whether only PyTorch's own ops know what to do: tensor subclasses, torch.func, forward-mode AD."""
+    """Whether only PyTorch's own ops know what to do: tensor subclasses, torch.func, forward-mode AD.
+
+    Or a trace of torch.jit, which somebody without fastres may read, or which becomes an ONNX file.
+    """
     if torch.compiler.is_dynamo_compiling():
         return False
+    if torch._C._get_tracing_state() is not None:
+        return True
     if peek_interpreter_stack() is not None or has_torch_function(tensors):
         return True
     dual = forward_ad._current_level >= 0
@@ -57,7 +65,7 @@ def _is_special(*tensors: Tensor | None) -> bool:
 def _why_no_kernel(input: Tensor, *others: Tensor | None) -> str | None:
     """Why no kernel takes this activation; None if one does. `others` are only looked at for their kind."""
     if _is_special(input, *others):
-        return "a tensor subclass, a transform of torch.func or forward-mode AD is at work"
+        return "a tensor subclass, a transform of torch.func, forward-mode AD or torch.jit.trace is at work"
     device = input.device.type
     if not (device == "cpu" or (device == "cuda" and CUDA)):
         return f"there are no kernels for {device} in this build"
@@ -108,7 +116,14 @@ def _tell_composed(reason: str) -> None:
         on_composed(reason)
 
 
+def _tell_own_convolution() -> None:
+    if on_own_convolution is not None:
+        on_own_convolution()
+
+
 def _check_residual(op: str, argument: str, residual: Tensor, input: Tensor) -> None:
+    if residual.shape == input.shape:
+        return
     try:
         matches = torch.broadcast_shapes(residual.shape, input.shape) == input.shape
     except RuntimeError:
@@ -309,8 +324,8 @@ def conv_bn_relu(
 ) -> Tensor:
     """activation(batch_norm(conv2d(input)) [+ residual]).
 
-    The convolution is PyTorch's, so autocast casts it; what follows is fused. In evaluation, where no
-    gradient is asked for, the normalisation is folded into the convolution's weights.
+    The convolution is fastres's own on the CPU, where it covers the case and is faster, else PyTorch's;
+    autocast casts either. What follows is fused.
 
     Args:
         input: (N, C_in, H, W).
@@ -357,42 +372,27 @@ def conv_bn_act(
     channel_vectors = (running_mean, running_var, bn_weight, bn_bias)
     learned = (input, weight, conv_bias, bn_weight, bn_bias, residual)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned)
+    at_once = not training and running_mean is not None and running_var is not None and not needs_grad
     by = None
-    if not _is_traced() and not _is_special(input, weight, residual, conv_bias, *channel_vectors):
-        by = convolution.covered(input, weight, residual, stride, padding, dilation, groups, needs_grad)
+    if at_once or (training and conv_bias is None and isinstance(momentum, (int, float))):
+        geometry = (stride, padding, dilation, groups)
+        by = _for_ours(input, weight, residual, conv_bias, channel_vectors, geometry, training, needs_grad)
     if by is not None:
-        dtype = convolution.compute_dtype(input)
-        if _why_not_channels(weight.size(0), dtype, input.device, *channel_vectors, conv_bias) is not None:
-            by = None
-    if training:
-        if by is not None and conv_bias is None and isinstance(momentum, (int, float)):
-            output = call_without_keeping_values(
-                convolution.conv_bn_act,
-                input.to(dtype),
-                weight,
-                residual,
-                *channel_vectors,
-                *by,
-                momentum,
-                eps,
-                relu,
-            )
-            return _pooled(pool, output)
-    elif running_mean is not None and running_var is not None and not needs_grad:
-        if by is not None:
+        _tell_own_convolution()
+        input = input.to(convolution.compute_dtype(input))
+        if training:
+            arguments = (input, weight, residual, *channel_vectors, *by, momentum, eps, relu)
+            output = call_without_keeping_values(convolution.conv_bn_act, *arguments)
+        else:
             output = convolution.conv_bn_act_eval(
-                input.to(dtype), weight, conv_bias, residual, *channel_vectors, by, eps, relu
+                input, weight, conv_bias, residual, *channel_vectors, by, eps, relu
             )
-            return _pooled(pool, output)
-        if _pays_folding(input, weight) and pool is None:
-            folded = composed.fold_batch_norm(
-                weight, conv_bias, running_mean, running_var, bn_weight, bn_bias, eps
-            )
-            output = F.conv2d(input, *folded, stride, padding, dilation, groups)
-            if residual is not None:
-                _check_residual("conv_bn_relu", "residual", residual, output)
-                return add_relu(output, residual) if relu else output + residual
-            return output.relu_() if relu else output
+        return _pooled(pool, output)
+    if at_once and not relu and residual is None and _pays_folding(input, weight):
+        folded = composed.fold_batch_norm(
+            weight, conv_bias, running_mean, running_var, bn_weight, bn_bias, eps
+        )
+        return F.conv2d(input, *folded, stride, padding, dilation, groups)
     output = call_without_keeping(F.conv2d, input, weight, conv_bias, stride, padding, dilation, groups)
     return _bn_act(
         "conv_bn_relu",
@@ -410,7 +410,43 @@ def conv_bn_act(
     )
 
 
+def _for_ours(
+    input, weight, residual, conv_bias, channel_vectors, geometry, training: bool, needs_grad: bool
+) -> convolution.Geometry | None:
+    """The geometry, if our convolution runs the layer and is the faster one: as measured, or by rule."""
+    if _is_traced() or _is_special(input, weight, residual, conv_bias, *channel_vectors):
+        return None
+    by = convolution.covered(input, weight, residual, *geometry)
+    if by is None:
+        return None
+    dtype = convolution.compute_dtype(input)
+    if _why_not_channels(weight.size(0), dtype, input.device, *channel_vectors, conv_bias) is not None:
+        return None
+    faster = convolution.expected_faster(by, input, weight, needs_grad)
+    if tuning.knows():
+        layer = tuning.Layer(
+            training,
+            _name(dtype),
+            _name(weight.dtype),
+            tuple(input.shape),
+            tuple(weight.shape),
+            *by,
+            residual is not None,
+            needs_grad,
+            needs_grad and input.requires_grad,
+            not training and is_kept(weight),
+            torch.get_num_threads(),
+        )
+        faster = tuning.takes_ours(layer, faster)
+    return by if faster else None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _pays_folding(input: Tensor, weight: Tensor) -> bool:
+    # With a ReLU or a sum behind it there is one pass over the output in any case.
     # Low-precision weights are not folded: rounding them once more would cost more digits than stock loses.
     # And folding passes over the weights, at each call, where normalising passes over the output.
     return weight.dtype in (torch.float32, torch.float64) and input.numel() > 2 * weight.numel()

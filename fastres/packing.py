@@ -17,6 +17,10 @@ def keep_packed(weight: Tensor) -> None:
     _kept.setdefault(weight, {})
 
 
+def is_kept(weight: Tensor) -> bool:
+    return weight in _kept
+
+
 def packed(weight: Tensor, input: Tensor, stride, dilation) -> Tensor | None:
     """`weight` as fastres::conv_bn_act_eval takes it for inputs like `input`; None if none is kept."""
     kept = _kept.get(weight)

@@ -42,12 +42,14 @@ class Record:
         ran: the site's fused op, such as "conv_bn_add_relu"; the same name where it did not run fused.
         fused: whether it did.
         reason: why not, if not.
+        own_convolution: whether its convolution was fastres's, not PyTorch's.
     """
 
     modules: tuple[nn.Module, ...]
     ran: str
     fused: bool
     reason: Reason | None
+    own_convolution: bool = False
 
     def composed(self, reason: str) -> None:
         """Note that no kernel ran the fused op."""
@@ -56,6 +58,10 @@ class Record:
     def pool_apart(self) -> None:
         """Note that the maximum over windows is no part of the fused op."""
         self.ran = self.ran.removesuffix("_max_pool")
+
+    def convolved(self) -> None:
+        """Note that the convolution was fastres's own."""
+        self.own_convolution = True
 
 
 _listener: Callable[[Record], object] | None = None
@@ -69,7 +75,8 @@ def listen(listener: Callable[[Record], object]) -> Iterator[None]:
     try:
         yield
     finally:
-        _listener, ops.on_composed, ops.on_pool_apart = outer, None, None
+        _listener = outer
+        ops.on_composed = ops.on_pool_apart = ops.on_own_convolution = None
 
 
 @contextmanager
@@ -309,6 +316,7 @@ def _tell(op, modules, residual, relu, reason, pool=None) -> None:
     present = tuple(module for module in modules if module is not None)
     record = Record(present, "_".join(filter(None, parts)), reason is None, reason)
     ops.on_composed, ops.on_pool_apart = record.composed, record.pool_apart
+    ops.on_own_convolution = record.convolved
     _listener(record)
 
 

@@ -11,7 +11,7 @@ import torch
 from convolving import BY_WINOGRAD, DIRECTLY
 from layers import DTYPES, units
 
-from fastres import _C, convolution, kernels
+from fastres import _C, convolution, kernels, tuning
 from fastres.recompute import set_recompute
 
 _declared = []  # keeps the library's registrations alive
@@ -63,6 +63,12 @@ def few_values(monkeypatch):
     usual = kernels.few_values
     monkeypatch.setattr(kernels, "few_values", 0)
     return usual
+
+
+@pytest.fixture(autouse=True)
+def _no_measured_choices(monkeypatch):
+    """What somebody measured on this machine does not decide what is tested."""
+    monkeypatch.setattr(tuning, "mode", "off")
 
 
 @pytest.fixture

@@ -54,6 +54,23 @@ class BnBackward(Structure):
     )
 
 
+class Axes(Structure):
+    _fields_ = [("h", c_int64), ("w", c_int64)]
+
+
+# The structs of csrc/core/max_pool.h.
+class MaxPool2d(Structure):
+    _fields_ = [("batch", c_int64)] + [(n, Axes) for n in ("in_", "out", "kernel", "stride", "padding")]
+
+
+class BnMaxPoolForward(Structure):
+    _fields_ = [("norm", BnForward), ("pool", MaxPool2d), ("output", c_void_p), ("index", c_void_p)]
+
+
+class BnMaxPoolBackward(Structure):
+    _fields_ = [("norm", BnBackward), ("pool", MaxPool2d), ("grad", c_void_p), ("index", c_void_p)]
+
+
 class AddRelu(Structure):
     _fields_ = [("numel", c_int64), ("dtype", c_int)] + [
         (n, c_void_p) for n in ("input", "other", "output")
@@ -84,6 +101,8 @@ def library() -> ctypes.CDLL:
     for name, args in {
         "batch_norm": [POINTER(BnForward), c_void_p],
         "batch_norm_backward": [POINTER(BnBackward), c_void_p],
+        "bn_max_pool": [POINTER(BnMaxPoolForward), c_void_p],
+        "bn_max_pool_backward": [POINTER(BnMaxPoolBackward), c_void_p],
         "add_relu": [POINTER(AddRelu)],
         "add_relu_backward": [POINTER(AddReluBackward)],
     }.items():
@@ -176,6 +195,51 @@ def batch_norm_backward(
     )  # fmt: skip
     _call("batch_norm_backward", byref(args), workspace.data_ptr())
     return grad_input, masked, grad_weight, grad_bias
+
+
+def _max_pool(pool, input, out) -> MaxPool2d:
+    pairs = (input.shape[2:], out, pool.kernel_size, pool.stride, pool.padding)
+    return MaxPool2d(input.size(0), *(Axes(*pair) for pair in pairs))
+
+
+def bn_max_pool(pool, input, weight, bias, running_mean, running_var, *, training, momentum=0.1, eps=1e-5):
+    """Return output, index, save_mean, save_rstd; update the running statistics in training.
+
+    Args: pool: a fastres.max_pool.MaxPool. input: channels last.
+    """
+    out = pool.output_size(input)
+    output = torch.full((*input.shape[:2], *out), torch.nan, dtype=input.dtype)
+    output = output.contiguous(memory_format=torch.channels_last)
+    index = torch.full((output.numel(),), 255, dtype=torch.uint8)
+    mean, rstd = (torch.full((input.shape[1],), torch.nan) for _ in range(2))
+    shape = _activation(input)
+    shape.channels_last = True
+    workspace = _workspace(shape)
+    norm = BnForward(
+        shape, _pointer(input), None, None, _vector(weight), _vector(bias),
+        _vector(running_mean), _vector(running_var), _pointer(mean), _pointer(rstd), 0 if training else 1,
+        None, True, momentum, eps,
+    )  # fmt: skip
+    args = BnMaxPoolForward(norm, _max_pool(pool, input, out), _pointer(output), _pointer(index))
+    _call("bn_max_pool", byref(args), workspace.data_ptr())
+    return output, index, mean, rstd
+
+
+def bn_max_pool_backward(pool, grad, input, index, weight, bias, save_mean, save_rstd, *, training):
+    """Return grad_input, grad_weight, grad_bias."""
+    grad_input = _poisoned_like(input)
+    grad_weight, grad_bias = (torch.full((input.shape[1],), torch.nan) for _ in range(2))
+    shape = _activation(input)
+    shape.channels_last = True
+    workspace = _workspace(shape)
+    norm = BnBackward(
+        shape, None, _pointer(input), None, _vector(weight), _vector(bias), _pointer(save_mean),
+        _pointer(save_rstd), _pointer(grad_input), None, _pointer(grad_weight), _pointer(grad_bias),
+        training, True,
+    )  # fmt: skip
+    args = BnMaxPoolBackward(norm, _max_pool(pool, input, grad.shape[2:]), _pointer(grad), _pointer(index))
+    _call("bn_max_pool_backward", byref(args), workspace.data_ptr())
+    return grad_input, grad_weight, grad_bias
 
 
 def add_relu(input, other):

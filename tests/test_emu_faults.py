@@ -27,7 +27,7 @@ FLAGS = ["-std=c++17", "-g1", "-fPIC", "-w", "-x", "c++"]
 def rest(tmp_path_factory) -> list[Path]:
     """What the library needs beside the forward pass, built once as it is."""
     objects = []
-    for name in ("batch_norm_backward", "add_relu"):
+    for name in ("batch_norm_backward", "max_pool_forward", "max_pool_backward", "add_relu"):
         objects.append(tmp_path_factory.mktemp("rest") / f"{name}.o")
         source = CSRC / "cuda" / f"{name}.cu"
         command = ["g++", "-O0", *FLAGS, f"-I{CSRC / 'emu'}", f"-I{CSRC}", "-c", source, "-o", objects[-1]]

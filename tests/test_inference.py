@@ -45,17 +45,20 @@ def stock_output(model, input):
         return model(input)
 
 
-def check(model, stock, input):
+def check(model, stock, inputs):
+    """Over several inputs: ten logits are few."""
     with torch.no_grad():
-        reference = stock_output(copy.deepcopy(stock).double(), input.double())
-        assert_as_accurate("logits", model(input), stock_output(stock, input), reference)
+        double = copy.deepcopy(stock).double()
+        references = torch.cat([stock_output(double, input.double()) for input in inputs])
+        theirs = torch.cat([stock_output(stock, input) for input in inputs])
+        assert_as_accurate("logits", torch.cat([model(input) for input in inputs]), theirs, references)
 
 
 def test_results_are_as_accurate_as_stock_and_weights_are_packed_once(packs):
     stock = stock_model()
     model = fastres.optimize_for_inference(stock)
-    for batch, side in ((1, 64), (8, 64), (2, 97), (1, 224)):
-        check(model, stock, images(batch, side))
+    for batch, side in ((1, 64), (1, 128), (8, 64), (2, 97)):
+        check(model, stock, [images(batch, side) for _ in range(8)])
     assert len(packs) == len({id(weight) for weight in packs}) == 19  # all but the image's own
 
 
@@ -91,26 +94,26 @@ def _exchange(model, other):
 
 @pytest.mark.parametrize("change", [_load, _copy, _exchange])
 def test_changed_weights_are_packed_anew(change):
-    stock, other, input = stock_model(), stock_model(), images()
+    stock, other, input = stock_model(), stock_model(), images(8)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.1)
     model = fastres.optimize_for_inference(stock)
-    check(model, stock, input)
+    check(model, stock, [input])
     change(model, other)
-    check(model, other, input)
+    check(model, other, [input])
 
 
 def test_changed_statistics_and_factors_are_seen():
     stock = stock_model()
     model = fastres.optimize_for_inference(stock)
-    check(model, stock, images())
+    check(model, stock, [images(8)])
     for changed in (model, stock):
         for module in changed.modules():
             if isinstance(module, nn.BatchNorm2d):
                 for name in ("running_mean", "running_var", "weight", "bias"):
                     getattr(module, name).data.mul_(1.2)  # which autograd does not see
-    check(model, stock, images())
+    check(model, stock, [images(8)])
 
 
 def test_what_it_does_to_a_model():
@@ -174,5 +177,5 @@ def test_a_client(torchvision, packs):
     """Grouped convolutions are PyTorch's, the others are packed."""
     torch.manual_seed(0)
     stock = torchvision.models.resnext50_32x4d(num_classes=10).eval()
-    check(fastres.optimize_for_inference(stock), stock, images())
+    check(fastres.optimize_for_inference(stock), stock, [images(4)])
     assert len(packs) == 53 - 16 - 1

@@ -42,6 +42,10 @@ def reference(pool, input, mean, var, weight, bias, training):
     return F.max_pool2d(values, *pool[:3], 1, pool[3])
 
 
+def at(pool):
+    return lambda *arguments: reference(pool, *arguments)
+
+
 def case(shape, dtype, training):
     """Input, statistics and factors; and a gradient of the output by its shape."""
     real = torch.float64 if dtype == torch.float64 else torch.float32
@@ -64,7 +68,7 @@ def run(function, input, mean, var, weight, bias, training, *, double=False):
     statistics = [t.double() if double else t.clone() for t in (mean, var)]
     output = function(leaves[0], *statistics, *leaves[1:], training)
     generator = torch.Generator().manual_seed(1)
-    grad = torch.randn(output.shape, generator=generator).to(input.dtype).to(output.dtype)
+    grad = torch.randn(output.shape, generator=generator).to(input.dtype).to(output.dtype).to(output.device)
     return [output, *torch.autograd.grad(output, leaves, grad), *statistics]
 
 
@@ -97,8 +101,8 @@ def test_is_as_accurate_as_stock(dtype, training, isa, one_thread):
         with poisoned():
             ours = run(fused(pool), *arguments)
         assert ours[0].is_contiguous(memory_format=torch.channels_last)
-        stock = run(lambda *a, pool=pool: reference(pool, *a), *arguments)
-        exact = run(lambda *a, pool=pool: reference(pool, *a), *arguments, double=True)
+        stock = run(at(pool), *arguments)
+        exact = run(at(pool), *arguments, double=True)
         for found, triple in zip(results, zip(ours, stock, exact, strict=True), strict=True):
             found.append([t.detach().flatten() for t in triple])
     for name, triples in zip(NAMES, results, strict=True):
@@ -107,6 +111,21 @@ def test_is_as_accurate_as_stock(dtype, training, isa, one_thread):
             torch.testing.assert_close(ours, exact)
         else:
             assert_accurate(name, ours, stock, exact)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("dtype", DTYPES[:-1], ids=str)
+def test_each_device(dtype, training, device):
+    results = [[] for _ in NAMES]
+    for shape, pool in CASES:
+        arguments = case(shape, dtype, training)
+        on_device = [t.to(device) for t in arguments[:-1]]
+        runs = run(fused(pool), *on_device, training), run(at(pool), *on_device, training)
+        exact = run(at(pool), *on_device, training, double=True)
+        for found, triple in zip(results, zip(*runs, exact, strict=True), strict=True):
+            found.append([t.detach().flatten() for t in triple])
+    for name, triples in zip(NAMES, results, strict=True):
+        assert_accurate(name, *(torch.cat(tensors) for tensors in zip(*triples, strict=True)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -159,7 +178,7 @@ def test_derivatives(pool, training):
 def test_any_subset_of_gradients(wanted):
     input, mean, var, weight, bias, _ = case((2, 3, 6, 5), torch.float32, True)
     results = []
-    for function in (fused(POOLS[0]), lambda *a: reference(POOLS[0], *a)):
+    for function in (fused(POOLS[0]), at(POOLS[0])):
         leaves = [t.clone().requires_grad_(w) for t, w in zip((input, weight, bias), wanted, strict=True)]
         output = function(leaves[0], mean.clone(), var.clone(), *leaves[1:], True)
         output.square().sum().backward()

@@ -1,5 +1,5 @@
 // fastres::bn_relu_max_pool_forward and _backward: max_pool2d(relu(batch_norm(input))) of channels-last
-// images on the CPU.
+// images.
 #include "cpu/max_pool.h"
 
 #include <torch/csrc/stable/library.h>
@@ -11,12 +11,42 @@
 #include "bindings/batch_norm.h"
 #include "bindings/device.h"
 #include "bindings/tensor.h"
+#if defined(FASTRES_CUDA)
+#include "cuda/batch_norm.h"
+#include "cuda/max_pool.h"
+#endif
 
 namespace fastres::bindings {
 namespace {
 
 constexpr const char* kForward = "bn_relu_max_pool_forward";
 constexpr const char* kBackward = "bn_relu_max_pool_backward";
+
+struct OnCpu {
+    static constexpr Dtype statistics = Dtype::f64;
+    static void run(const BnMaxPoolForward& args, const Tensor&) {
+        cpu::bn_max_pool(args, torch_threads());
+    }
+    static void run(const BnMaxPoolBackward& args, const Tensor&) {
+        cpu::bn_max_pool_backward(args, torch_threads());
+    }
+};
+
+#if defined(FASTRES_CUDA)
+struct OnCuda {
+    static constexpr Dtype statistics = Dtype::f32;
+    static void run(const BnMaxPoolForward& args, const Tensor& input) {
+        const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+        const Tensor workspace = empty_bytes(input, cuda::batch_norm_workspace_bytes(args.norm.shape));
+        cuda::bn_max_pool(args, workspace.data_ptr(), current_stream(input));
+    }
+    static void run(const BnMaxPoolBackward& args, const Tensor& input) {
+        const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+        const Tensor workspace = empty_bytes(input, cuda::batch_norm_workspace_bytes(args.norm.shape));
+        cuda::bn_max_pool_backward(args, workspace.data_ptr(), current_stream(input));
+    }
+};
+#endif
 
 void check_axis(const char* op, int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding) {
     if (2 * padding > kernel) fail(op, "padding is more than half of the kernel");
@@ -25,8 +55,7 @@ void check_axis(const char* op, int64_t in, int64_t out, int64_t kernel, int64_t
 
 MaxPool2d max_pool2d(const char* op, const Tensor& input, const Ints& output_size, const Ints& kernel,
                      const Ints& stride, const Ints& padding) {
-    if (input.dim() != 4 || !input.is_cpu() || !is_channels_last(input))
-        fail(op, "input is not a 4-d channels-last tensor on the CPU");
+    if (input.dim() != 4 || !is_channels_last(input)) fail(op, "input is not a 4-d channels-last tensor");
     MaxPool2d pool{};
     pool.batch = input.size(0);
     pool.in = {input.size(2), input.size(3)};
@@ -41,19 +70,20 @@ MaxPool2d max_pool2d(const char* op, const Tensor& input, const Ints& output_siz
     return pool;
 }
 
+template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor input, OptionalTensor running_mean,
                                                    OptionalTensor running_var, OptionalTensor weight,
                                                    OptionalTensor bias, bool training, double momentum,
                                                    double eps, Ints output_size, Ints kernel, Ints stride,
                                                    Ints padding) {
-    cpu::BnMaxPoolForward args{};
+    BnMaxPoolForward args{};
     args.pool = max_pool2d(kForward, input, output_size, kernel, stride, padding);
     args.norm = bn_forward(kForward, input, running_mean, running_var, weight, bias, training);
     const Ints size = {input.size(0), input.size(1), args.pool.out.h, args.pool.out.w};
     Tensor output = empty_channels_last(input, size);
     Tensor index = empty_bytes(input, output.numel());
-    Tensor save_mean = empty_channels(input, Dtype::f64);
-    Tensor save_rstd = empty_channels(input, Dtype::f64);
+    Tensor save_mean = empty_channels(input, Device::statistics);
+    Tensor save_rstd = empty_channels(input, Device::statistics);
     args.norm.save_mean = save_mean.data_ptr();
     args.norm.save_rstd = save_rstd.data_ptr();
     args.norm.relu = true;
@@ -61,23 +91,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor input, OptionalTensor 
     args.norm.eps = eps;
     args.output = output.data_ptr();
     args.index = static_cast<uint8_t*>(index.data_ptr());
-    cpu::bn_max_pool(args, torch_threads());
+    Device::run(args, input);
     return {output, index, save_mean, save_rstd};
 }
 
+template <class Device>
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor input, Tensor index, OptionalTensor weight,
                                             OptionalTensor bias, Tensor save_mean, Tensor save_rstd,
                                             bool training, Ints kernel, Ints stride, Ints padding) {
-    cpu::BnMaxPoolBackward args{};
+    BnMaxPoolBackward args{};
     if (grad.dim() != 4 || grad.size(0) != input.size(0) || grad.size(1) != input.size(1) ||
-        !grad.is_cpu() || !is_channels_last(grad) ||
+        !same_device(grad, input) || !is_channels_last(grad) ||
         dtype_of(kBackward, "grad", grad) != dtype_of(kBackward, "input", input))
         fail(kBackward, "grad is not a channels-last tensor with input's images, channels and dtype");
     if (index.numel() != grad.numel() || index.element_size() != 1 || !index.is_contiguous() ||
-        !index.is_cpu())
+        !same_device(index, input))
         fail(kBackward, "index is not what bn_relu_max_pool_forward gave");
     args.pool = max_pool2d(kBackward, input, {grad.size(2), grad.size(3)}, kernel, stride, padding);
-    args.norm = bn_backward(kBackward, input, weight, bias, save_mean, save_rstd, training, Dtype::f64);
+    args.norm =
+        bn_backward(kBackward, input, weight, bias, save_mean, save_rstd, training, Device::statistics);
     Tensor grad_input = output_like(input);
     Tensor grad_weight = empty_channels(input, accumulation_dtype(args.norm.shape.dtype));
     Tensor grad_bias = empty_channels(input, accumulation_dtype(args.norm.shape.dtype));
@@ -87,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor input, Tensor in
     args.norm.relu = true;
     args.grad = grad.data_ptr();
     args.index = static_cast<const uint8_t*>(index.data_ptr());
-    cpu::bn_max_pool_backward(args, torch_threads());
+    Device::run(args, input);
     return {grad_input, grad_weight, grad_bias};
 }
 
@@ -107,8 +139,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, library) {
-    library.impl("bn_relu_max_pool_forward", TORCH_BOX(&forward));
-    library.impl("bn_relu_max_pool_backward", TORCH_BOX(&backward));
+    library.impl("bn_relu_max_pool_forward", TORCH_BOX(&forward<OnCpu>));
+    library.impl("bn_relu_max_pool_backward", TORCH_BOX(&backward<OnCpu>));
 }
+
+#if defined(FASTRES_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(fastres, CUDA, library) {
+    library.impl("bn_relu_max_pool_forward", TORCH_BOX(&forward<OnCuda>));
+    library.impl("bn_relu_max_pool_backward", TORCH_BOX(&backward<OnCuda>));
+}
+#endif
 
 }  // namespace fastres::bindings

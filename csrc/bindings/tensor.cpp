@@ -74,10 +74,6 @@ bool is_dense_contiguous(const Tensor& tensor) {
     return is_dense(tensor, order, tensor.dim());
 }
 
-bool same_device(const Tensor& a, const Tensor& b) {
-    return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
-}
-
 Tensor empty(const Tensor& input, int64_t elements, ScalarType type) {
     const int64_t size[1] = {elements};
     return torch::stable::empty({size, 1}, type, std::nullopt, input.device());
@@ -114,6 +110,10 @@ void check_channels(const char* op, const char* argument, const Tensor& tensor, 
 }
 
 }  // namespace
+
+bool same_device(const Tensor& a, const Tensor& b) {
+    return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
 
 Axes axes(const char* op, const char* argument, const Ints& values, int64_t least) {
     if (values.size() != 2 || values[0] < least || values[1] < least)

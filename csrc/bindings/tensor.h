@@ -30,6 +30,8 @@ bool is_channels_last(const Tensor& tensor);
 // (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W), dense and non-empty, contiguous or channels last.
 Activation activation(const char* op, const char* argument, const Tensor& tensor);
 
+bool same_device(const Tensor& a, const Tensor& b);
+
 // Checks that `tensor` has the shape, dtype, device and memory layout of `input`.
 void check_like_input(const char* op, const char* argument, const Tensor& tensor, const Tensor& input);
 

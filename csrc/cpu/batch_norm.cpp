@@ -1,5 +1,8 @@
 #include "cpu/batch_norm.h"
 
+#include <algorithm>
+#include <vector>
+
 #include "cpu/batch_norm_passes.h"
 
 namespace fastres::cpu {
@@ -22,12 +25,23 @@ Affine affine(int64_t channels, const ChannelVector& input_bias, const ChannelVe
               const ChannelVector& running_var, const ChannelVector& weight, const ChannelVector& bias,
               double eps) {
     Affine by{AlignedVector<float>(channels), AlignedVector<float>(channels)};
-    for (int64_t c = 0; c < channels; ++c) {
-        const double scale = read(weight, c, 1) * bn_math::reciprocal_std(read(running_var, c, 1), eps);
-        by.scale[c] = static_cast<float>(scale);
-        by.shift[c] = static_cast<float>(read(bias, c, 0) +
-                                         scale * (read(input_bias, c, 0) - read(running_mean, c, 0)));
-    }
+    // One vector after the other: so each loop is of one dtype.
+    std::vector<double> scale(channels), shift(channels);
+    const auto visit = [&](const ChannelVector& vector, double if_null, const auto& body) {
+        if (vector && vector.dtype == Dtype::f32) {
+            const float* values = static_cast<const float*>(vector.data);
+            for (int64_t c = 0; c < channels; ++c) body(c, static_cast<double>(values[c]));
+        } else {
+            for (int64_t c = 0; c < channels; ++c) body(c, read(vector, c, if_null));
+        }
+    };
+    visit(running_var, 1, [&](int64_t c, double v) { scale[c] = bn_math::reciprocal_std(v, eps); });
+    visit(weight, 1, [&](int64_t c, double v) { scale[c] *= v; });
+    visit(running_mean, 0, [&](int64_t c, double v) { shift[c] = -v; });
+    visit(input_bias, 0, [&](int64_t c, double v) { shift[c] += v; });
+    visit(bias, 0, [&](int64_t c, double v) { shift[c] = shift[c] * scale[c] + v; });
+    std::copy(scale.begin(), scale.end(), by.scale.begin());
+    std::copy(shift.begin(), shift.end(), by.shift.begin());
     return by;
 }
 

@@ -21,6 +21,8 @@ int64_t batch_norm_workspace_bytes(const Activation& shape);
 // innermost dimension (channels, or pixels) fills whole vectors of 16 bytes, loads and stores take 16 bytes
 // each.
 void batch_norm(const BnForward& args, void* workspace, Stream stream);
+// Its first pass alone: the batch's statistics, saved, and the running ones' update. Nothing in evaluation.
+void batch_norm_statistics(const BnForward& args, void* workspace, Stream stream);
 
 // As above. In training, args.output (a mask from the stored output) needs args.grad_residual, which
 // carries the masked gradient from the first pass to the second.

@@ -11,6 +11,7 @@
 // simply add.
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "core/bn_math.h"
 #include "cuda/batch_norm.h"
@@ -127,26 +128,11 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks) apply(Sweep sweep, BnF
     const T* input = static_cast<const T*>(args.input);
     const T* residual = static_cast<const T*>(args.residual);
     T* output = static_cast<T*>(args.output);
-    float* save_mean = static_cast<float*>(args.save_mean);
-    float* save_rstd = static_cast<float*>(args.save_rstd);
     const float floor = args.relu ? 0.0f : kNoFloor;
     for (int64_t unit = blockIdx.x; unit < sweep.units(); unit += gridDim.x) {
         float map[3][channels];  // mean, scale, shift
         tile_coefficients<3, channels, channels_last>(sweep, unit, map, [&](int64_t c, float (&values)[3]) {
-            float mean, rstd;
-            if (args.statistics == Statistics::running) {
-                mean = read(args.running_mean, c, 0.0f);
-                rstd = static_cast<float>(
-                    bn_math::reciprocal_std<double>(read(args.running_var, c, 1.0f), args.eps));
-                if (sweep.slice(unit) == 0) {
-                    save_mean[c] = mean;
-                    save_rstd[c] = rstd;
-                }
-            } else {
-                mean = save_mean[c];
-                rstd = save_rstd[c];
-            }
-            const ForwardMap forward = forward_map(args.weight, args.bias, c, mean, rstd);
+            const ForwardMap forward = map_to_apply(args, c, sweep.slice(unit) == 0);
             values[0] = forward.mean;
             values[1] = forward.scale;
             values[2] = forward.shift;
@@ -182,23 +168,28 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks) apply(Sweep sweep, BnF
 // launchers
 
 template <class Access, bool channels_last>
+void take_statistics(const BnForward& args, void* workspace, Stream stream) {
+    using T = typename Access::Element;
+    constexpr int width = Access::width;
+    if (args.statistics != Statistics::batch) return;
+    double* partials = static_cast<double*>(workspace);
+    const auto kernel = moments<T, width, channels_last>;
+    const int64_t resident = resident_blocks(reinterpret_cast<const void*>(kernel));
+    const Sweep sweep = sweep_of(args.shape, width, kMomentsUnroll, resident);
+    launch(kernel::kMoments, kernel, std::min(sweep.units(), resident), stream, sweep, args, partials);
+    launch(kernel::kStatistics, statistics, final_blocks(args.shape.channels), stream, args, partials,
+           sweep.slices);
+}
+
+template <class Access, bool channels_last>
 void run(const BnForward& args, void* workspace, Stream stream) {
     using T = typename Access::Element;
     constexpr int width = Access::width;
-    const Activation& shape = args.shape;
-    if (args.statistics == Statistics::batch) {
-        double* partials = static_cast<double*>(workspace);
-        const auto kernel = moments<T, width, channels_last>;
-        const int64_t resident = resident_blocks(reinterpret_cast<const void*>(kernel));
-        const Sweep sweep = sweep_of(shape, width, kMomentsUnroll, resident);
-        launch(kernel::kMoments, kernel, std::min(sweep.units(), resident), stream, sweep, args, partials);
-        launch(kernel::kStatistics, statistics, final_blocks(shape.channels), stream, args, partials,
-               sweep.slices);
-    }
+    take_statistics<Access, channels_last>(args, workspace, stream);
     const auto kernel =
         args.residual ? apply<T, width, channels_last, true> : apply<T, width, channels_last, false>;
     const int64_t resident = resident_blocks(reinterpret_cast<const void*>(kernel));
-    const Sweep sweep = sweep_of(shape, width, kApplyUnroll, resident);
+    const Sweep sweep = sweep_of(args.shape, width, kApplyUnroll, resident);
     launch(kernel::kApply, kernel, std::min(sweep.units(), resident), stream, sweep, args);
 }
 
@@ -209,18 +200,33 @@ int64_t batch_norm_workspace_bytes(const Activation& shape) {
     return partial_bytes(shape) + 2 * shape.channels * static_cast<int64_t>(sizeof(float));
 }
 
-void batch_norm(const BnForward& args, void* workspace, Stream stream) {
+namespace {
+
+// Calls body(Access, channels_last) for what the pointers and the shape allow.
+template <class Body>
+void with_input(const BnForward& args, bool aligned, const Body& body) {
     check_dtype(args.weight, "weight");
     check_dtype(args.bias, "bias");
     check_dtype(args.running_mean, "running_mean");
     check_dtype(args.running_var, "running_var");
-    const bool vectors =
-        fills_vectors(args.shape) && vector_aligned({args.input, args.residual, args.output});
-    with_access(args.shape.dtype, vectors, [&](auto access) {
-        using A = decltype(access);
+    with_access(args.shape.dtype, aligned && fills_vectors(args.shape), [&](auto access) {
         if (args.shape.channels == 0) return;
-        args.shape.channels_last ? run<A, true>(args, workspace, stream)
-                                 : run<A, false>(args, workspace, stream);
+        args.shape.channels_last ? body(access, std::true_type{}) : body(access, std::false_type{});
+    });
+}
+
+}  // namespace
+
+void batch_norm(const BnForward& args, void* workspace, Stream stream) {
+    with_input(args, vector_aligned({args.input, args.residual, args.output}),
+               [&](auto access, auto channels_last) {
+                   run<decltype(access), channels_last.value>(args, workspace, stream);
+               });
+}
+
+void batch_norm_statistics(const BnForward& args, void* workspace, Stream stream) {
+    with_input(args, vector_aligned({args.input}), [&](auto access, auto channels_last) {
+        take_statistics<decltype(access), channels_last.value>(args, workspace, stream);
     });
 }
 

@@ -84,7 +84,7 @@ inline int64_t final_blocks(int64_t channels) {
 }
 
 // The kernels that write partials unroll no less.
-inline constexpr int kLeastUnroll = 3;
+inline constexpr int kLeastUnroll = 2;
 
 // Bytes of partials, whatever kernel writes them.
 inline int64_t partial_bytes(const Activation& shape) {

@@ -1,6 +1,7 @@
 // The per-channel numbers of a kernel's map, computed once a block and handed to its threads' registers.
 #pragma once
 
+#include "core/batch_norm.h"
 #include "core/bn_math.h"
 #include "cuda/channel_vector.cuh"
 #include "cuda/sweep.cuh"
@@ -21,6 +22,23 @@ __device__ __forceinline__ float normalize(float deviation, float scale, float s
 __device__ __forceinline__ ForwardMap forward_map(const ChannelVector& weight, const ChannelVector& bias,
                                                   int64_t channel, float mean, float rstd) {
     return {mean, read(weight, channel, 1.0f) * rstd, read(bias, channel, 0.0f)};
+}
+
+// What a forward pass applies to a channel: by the running statistics, which it saves where it is the first
+// to see them, or by those that were saved before.
+__device__ __forceinline__ ForwardMap map_to_apply(const BnForward& args, int64_t channel, bool saves) {
+    float* save_mean = static_cast<float*>(args.save_mean);
+    float* save_rstd = static_cast<float*>(args.save_rstd);
+    if (args.statistics != Statistics::running)
+        return forward_map(args.weight, args.bias, channel, save_mean[channel], save_rstd[channel]);
+    const float mean = read(args.running_mean, channel, 0.0f);
+    const float rstd = static_cast<float>(
+        bn_math::reciprocal_std<double>(read(args.running_var, channel, 1.0f), args.eps));
+    if (saves) {
+        save_mean[channel] = mean;
+        save_rstd[channel] = rstd;
+    }
+    return forward_map(args.weight, args.bias, channel, mean, rstd);
 }
 
 // Fills field[f][k] for the calling thread's channels with what find(channel, values) gives for values[f].

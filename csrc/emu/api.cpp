@@ -7,6 +7,7 @@
 #include "cuda/add_relu.h"
 #include "cuda/batch_norm.h"
 #include "cuda/kernel_list.h"
+#include "cuda/max_pool.h"
 #include "cuda_runtime.h"
 
 namespace {
@@ -51,6 +52,12 @@ const char* fastres_emu_batch_norm(const fastres::BnForward* args, void* workspa
 }
 const char* fastres_emu_batch_norm_backward(const fastres::BnBackward* args, void* workspace) {
     return guarded([&] { fastres::cuda::batch_norm_backward(*args, workspace, nullptr); });
+}
+const char* fastres_emu_bn_max_pool(const fastres::BnMaxPoolForward* args, void* workspace) {
+    return guarded([&] { fastres::cuda::bn_max_pool(*args, workspace, nullptr); });
+}
+const char* fastres_emu_bn_max_pool_backward(const fastres::BnMaxPoolBackward* args, void* workspace) {
+    return guarded([&] { fastres::cuda::bn_max_pool_backward(*args, workspace, nullptr); });
 }
 const char* fastres_emu_add_relu(const fastres::AddRelu* args) {
     return guarded([&] { fastres::cuda::add_relu(*args, nullptr); });

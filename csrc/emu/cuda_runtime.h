@@ -43,6 +43,20 @@ struct uint4 {
         return *this;
     }
 };
+struct uint2 {
+    unsigned x, y;
+
+    uint2() = default;
+    uint2(const uint2& from) {
+        fastres::emu::check_alignment(&from, 8);
+        std::memcpy(static_cast<void*>(this), &from.x, 8);
+    }
+    uint2& operator=(const uint2& from) {
+        fastres::emu::check_alignment(this, 8);
+        std::memcpy(static_cast<void*>(this), &from.x, 8);
+        return *this;
+    }
+};
 
 inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     fastres::emu::sync_threads(file, line);
