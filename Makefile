@@ -5,13 +5,26 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: test train lint build cuda bench gpu clean
+.PHONY: test test-sanitize train lint build cuda bench gpu clean
 
 train: $(VENV)/.train
 	$(BIN)/fastres train $(ARGS)
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest $(ARGS)
+
+# The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer: a package beside the built library.
+SANITIZED := build/sanitize
+KERNEL_TESTS := tests/test_ops.py tests/test_ops_errors.py tests/test_max_pool.py $(wildcard tests/test_convolution*.py)
+test-sanitize: $(VENV)/.test
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B $(SANITIZED) -DFASTRES_SANITIZE=ON -DFASTRES_CUDA=off \
+	    -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SANITIZED) --target _C
+	rm -rf $(SANITIZED)/package && mkdir $(SANITIZED)/package && cp -r fastres $(SANITIZED)/package/
+	rm -f $(SANITIZED)/package/fastres/_C*.so && cp $(SANITIZED)/_C*.so $(SANITIZED)/package/fastres/
+	PYTHONPATH=$(CURDIR)/$(SANITIZED)/package FASTRES_KEEP_MEMORY=off ASAN_OPTIONS=detect_leaks=0 \
+	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	    $(BIN)/pytest $(or $(ARGS),$(KERNEL_TESTS))
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -1,11 +1,14 @@
 """conv_bn_relu where no node of ours runs: bad input, what no kernel covers, transforms of torch's."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 from layers import Case, assert_accurate, channels_last, conv_bn_relu, is_node
 from torch.autograd import forward_ad
 
-from fastres import ops
+from fastres import models, ops, sites
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_layers")
 
@@ -148,3 +151,21 @@ def test_a_tangent_elsewhere_does_not_keep_the_node_away():
     case = Case()
     with forward_ad.dual_level():
         assert is_node(ops.conv_bn_relu(**case.leaves(), **case.by))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_trace_runs_where_fastres_is_not_installed(training, grad, tmp_path):
+    """torch.jit.trace, and what writes ONNX files by it, sees PyTorch's own operations alone."""
+    model = models.resnet18(num_classes=10).to(memory_format=torch.channels_last).train(training)
+    input = channels_last(torch.randn(4, 3, 64, 64))
+    with torch.set_grad_enabled(grad), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trace = torch.jit.trace(copy.deepcopy(model), input, check_trace=False)
+        assert "fastres::" not in str(trace.inlined_graph) and "PythonOp" not in str(trace.inlined_graph)
+        trace.save(tmp_path / "trace.pt")
+        output = torch.jit.load(tmp_path / "trace.pt")(input)
+        with sites.stock():
+            expected = model(input)
+    torch.testing.assert_close(output, expected)
+    assert output.requires_grad == grad

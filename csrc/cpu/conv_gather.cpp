@@ -192,7 +192,7 @@ class DirectLoop final : public GatherLoop {
                       sums.moments ? sums.moments + channel : nullptr, sums.stride, pixel == 0);
         };
         // The weights of all blocks stay in the cache if they fit in; else one block's do.
-        constexpr int64_t cached_words = 64 * 1024;
+        const int64_t cached_words = (kernels_.pack > 1 ? 96 : 64) * 1024;
         const bool blocks_inside = n_blocks.size() * taps_ * k_words * block <= cached_words;
         const Range all = n_blocks;
         for (int64_t outer = all.begin; outer < (blocks_inside ? all.begin + 1 : all.end); ++outer)
