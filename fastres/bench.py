@@ -154,6 +154,7 @@ def _result(
             name: {**asdict(Spread.of(values)), "by_round": values} for name, values in stock.items()
         },
         "unfused": variants["fused"].unfused,
+        "convolutions": variants["fused"].convolutions,
     }
 
 
@@ -210,6 +211,7 @@ class Variant:
         self.training = arguments.mode == "train"
         self.bf16 = arguments.dtype == "bf16"
         self.unfused: dict[str, int] = {}  # why sites ran stock, and how many of them
+        self.convolutions = {"fastres": 0, "PyTorch": 0}  # whose run in fused sites, and how many
         self.peak_bytes = 0  # of GPU memory in a step: this variant's own state and what the step adds
         layout = torch.contiguous_format if arguments.contiguous else torch.channels_last
         generator = torch.Generator().manual_seed(0)
@@ -249,6 +251,8 @@ class Variant:
             if not record.fused:
                 reason = record.reason[1]
                 self.unfused[reason] = self.unfused.get(reason, 0) + 1
+            elif record.ran.startswith("conv"):
+                self.convolutions["fastres" if record.own_convolution else "PyTorch"] += 1
 
     def step(self) -> None:
         if not self.training:
@@ -370,6 +374,8 @@ def _print(result: dict) -> None:
         f"{'contiguous' if settings['contiguous'] else 'channels_last'}, {settings['device']}"
     )
     print(Machine(**result["machine"]))
+    counts = ", ".join(f"{count} {whose}'s" for whose, count in result["convolutions"].items())
+    print(f"convolutions of the fused model: {counts}")
     peak = f"{'peak MB':>10}" if settings["device"] == "cuda" else ""
     quartiles = f"quartiles of {settings['repeat']} rounds"
     print(f"\n{'':8}{'ms/step':>10}{'images/s':>10}{peak}   its time / fused's ({quartiles})")

@@ -48,6 +48,7 @@ def test_writes_what_it_measured(mode, device, tmp_path, capsys):
     assert speedup["low"] <= speedup["median"] <= speedup["high"]
     assert result["machine"]["torch"] == torch.__version__ and result["machine"]["threads"] == 1
     assert result["settings"]["dtype"] == "bf16" and result["unfused"] == {}
+    assert sum(result["convolutions"].values()) == 19
     assert list(tmp_path.iterdir()) == [path]  # no temporary file is left
     printed = capsys.readouterr().out
     assert f"{speedup['median']:.2f}x" in printed and result["machine"]["cpu"] in printed

@@ -186,6 +186,7 @@ def test_leaves_a_file_with_a_broken_cell_alone(tmp_path, measured, capsys, resu
 def test_cells_are_compiled_one_like_the_other(tmp_path):
     """A forward is compiled anew for few sizes only; beyond, torch.compile would run as eager does."""
     path = tmp_path / "sweep.json"
+    torch.compiler.reset()  # what other tests compiled
     with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
         assert sweep(path, "--against compile", batch="2,3,4") == 0
     assert ["error" in cell["result"] for cell in json.loads(path.read_text())["cells"]] == [False] * 3
