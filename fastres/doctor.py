@@ -22,6 +22,8 @@ _KERNELS = (
     "bn_act_forward",
     "bn_act_again",
     "bn_act_backward",
+    "bn_relu_max_pool_forward",
+    "bn_relu_max_pool_backward",
     "add_relu_forward",
     "add_relu_backward",
     "conv_forward",

@@ -13,7 +13,8 @@ def optimize_for_inference(model: nn.Module, *, inplace: bool = False) -> nn.Mod
     It is put into evaluation mode and channels_last memory, its parameters need no gradient any more, and
     the weights of its convolutions are kept a second time, in the order in which they are multiplied. That
     is made at the first call, and anew after a change that autograd sees: load_state_dict, an optimizer, an
-    in-place operation, but not one on `weight.data`. Results and state_dict are those of
+    in-place operation, but not one on `weight.data`. A weight that is replaced by another Parameter, or
+    that was made in torch.inference_mode(), is packed at each call. Results and state_dict are those of
     `fuse(model).eval()`. Images in channels_last memory are the faster ones, too.
 
     Args:

@@ -33,11 +33,10 @@ _CPU_DTYPES = _CUDA_DTYPES | {torch.float64}
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 
-# Told why an op runs as the composition of PyTorch's own; that the maximum behind it does; and that the
-# convolution before it does not.
-on_composed: Callable[[str], object] | None = None
-on_pool_apart: Callable[[], object] | None = None
-on_own_convolution: Callable[[], object] | None = None
+# Called by an op, where somebody listens:
+on_composed: Callable[[str], object] | None = None  # it runs as the composition of PyTorch's own; why
+on_pool_apart: Callable[[], object] | None = None  # the maximum over windows behind it runs by itself
+on_own_convolution: Callable[[], object] | None = None  # the convolution before it is not PyTorch's
 
 
 def _is_special(*tensors: Tensor | None) -> bool:
@@ -392,7 +391,7 @@ def conv_bn_act(
         folded = composed.fold_batch_norm(
             weight, conv_bias, running_mean, running_var, bn_weight, bn_bias, eps
         )
-        return F.conv2d(input, *folded, stride, padding, dilation, groups)
+        return _pooled(pool, F.conv2d(input, *folded, stride, padding, dilation, groups))
     output = call_without_keeping(F.conv2d, input, weight, conv_bias, stride, padding, dilation, groups)
     return _bn_act(
         "conv_bn_relu",

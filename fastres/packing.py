@@ -8,27 +8,42 @@ from fastres import _C
 
 _pack = torch.ops.fastres.conv_pack_weight.default
 
-# By weight: what it was packed into, by what that depends on.
-_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+class _Packed:
+    """What one weight was packed into, by what that depends on besides its values."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[tuple, Tensor] = {}
+        self._seen: tuple | None = None
+
+    def forget_old(self, weight: Tensor) -> None:
+        # The alias keeps the memory from being another weight's at the same address.
+        now = weight.data_ptr(), weight.dtype, weight._version
+        if self._seen is None or self._seen[0] != now:
+            self._seen = now, weight.detach()
+            self.by_key = {}
+
+
+_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by weight
 
 
 def keep_packed(weight: Tensor) -> None:
     """From now on pack this weight once, and again only after a change that autograd sees."""
-    _kept.setdefault(weight, {})
+    _kept.setdefault(weight, _Packed())
 
 
 def is_kept(weight: Tensor) -> bool:
-    return weight in _kept
+    """Whether it is; never one that was made in inference mode, whose changes nobody counts."""
+    return weight in _kept and not weight.is_inference()
 
 
 def packed(weight: Tensor, input: Tensor, stride, dilation) -> Tensor | None:
     """`weight` as fastres::conv_bn_act_eval takes it for inputs like `input`; None if none is kept."""
-    kept = _kept.get(weight)
-    if kept is None:
+    if not is_kept(weight):
         return None
-    version = weight.data_ptr(), 0 if weight.is_inference() else weight._version
+    kept = _kept[weight]
+    kept.forget_old(weight)
     key = input.dtype, stride, dilation, _C.cpu_isa()
-    found = kept.get(key)
-    if found is None or found[0] != version:
-        found = kept[key] = version, _pack(weight, input, stride, dilation)
-    return found[1]
+    if key not in kept.by_key:
+        kept.by_key[key] = _pack(weight, input, stride, dilation)
+    return kept.by_key[key]

@@ -1,5 +1,7 @@
 """Finding conv -> batch norm -> (+ residual) -> ReLU in a traced forward, to run it as one call.
 
+A max pool that follows a chain at once, and alone, goes into its call.
+
 A chain is taken only where nobody can tell the difference: every value inside it has one use; an in-place
 operation in it (`out += identity`, `relu_`) writes to memory that nothing else holds; and where other
 calls lie between its first and its last node, such as the shortcut's, they write to nothing that the part

@@ -14,6 +14,8 @@ import fcntl
 import json
 import os
 import statistics
+import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from fastres import _C
 from fastres.files import replaced
@@ -89,17 +92,23 @@ def _mode() -> str:
 
 
 mode = _mode()
-_forced: bool | None = None  # while a layer is measured
+
+
+class _Forced(threading.local):
+    ours: bool | None = None  # while the thread measures a layer
+
+
+_forced = _Forced()
+_measuring = threading.Lock()  # times of two at once would be of neither
 
 
 @contextlib.contextmanager
 def _forcing(ours: bool) -> Iterator[None]:
-    global _forced
-    outer, _forced = _forced, ours
+    outer, _forced.ours = _forced.ours, ours
     try:
         yield
     finally:
-        _forced = outer
+        _forced.ours = outer
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -177,7 +186,12 @@ _cpu: str | None = None
 
 
 def _path() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if not cache:
+        try:
+            cache = Path.home() / ".cache"
+        except RuntimeError:  # there is no home, as in some containers
+            cache = tempfile.gettempdir()
     return Path(cache) / "fastres" / "convolutions.json"
 
 
@@ -190,25 +204,48 @@ table = Table(_path())
 
 def knows() -> bool:
     """Whether there is anything to choose by but the rule."""
-    return _forced is not None or mode == "on" or (mode == "cached" and not table.is_empty())
+    return _forced.ours is not None or mode == "on" or (mode == "cached" and not table.is_empty())
 
 
 def takes_ours(layer: Layer, by_rule: bool) -> bool:
     """Whether our convolution is to run a layer that it can run; `by_rule` where nothing was measured."""
-    if _forced is not None:
-        return _forced
+    if _forced.ours is not None:
+        return _forced.ours
     times = table.get(layer)
+    if times is None and mode == "on":
+        with _measuring:
+            times = table.get(layer) or _measured(layer)
     if times is None:
-        if mode != "on":
-            return by_rule
-        times = measure(layer)
-        table.add(layer, times)
+        return by_rule
     slower, faster = max(times), min(times)
     return by_rule if slower < _NEARLY * faster else times.ours < times.pytorch
 
 
+def _measured(layer: Layer) -> Times | None:
+    """None where that failed, for want of memory for example."""
+    try:
+        times = measure(layer)
+    except (RuntimeError, MemoryError) as error:
+        warnings.warn(f"fastres: {layer} could not be measured: {error}", stacklevel=2)
+        return None
+    table.add(layer, times)
+    return times
+
+
 def measure(layer: Layer) -> Times:
-    """Medians of calls that take turns."""
+    """Medians of calls that take turns, unseen by whoever watches the calls around them."""
+    from fastres import ops
+
+    listeners = ops.on_composed, ops.on_pool_apart, ops.on_own_convolution
+    ops.on_composed = ops.on_pool_apart = ops.on_own_convolution = None
+    try:
+        with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            return _medians(layer)
+    finally:
+        ops.on_composed, ops.on_pool_apart, ops.on_own_convolution = listeners
+
+
+def _medians(layer: Layer) -> Times:
     calls = [_call(layer, ours) for ours in (True, False)]
     seconds: list[list[float]] = [[], []]
     with torch.inference_mode(False), torch.set_grad_enabled(layer.needs_grad):
@@ -233,13 +270,13 @@ def _call(layer: Layer, ours: bool):
     dtype, weight_dtype = (getattr(torch, name) for name in (layer.dtype, layer.weight_dtype))
 
     def randn(size, dtype):
-        values = torch.randn(size, generator=generator).to(dtype)
+        values = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
         return values.contiguous(memory_format=torch.channels_last)
 
     input, weight = randn(layer.input, dtype), randn(layer.weight, weight_dtype)
     channels = layer.weight[0]
-    mean, bias = torch.zeros(2, channels)
-    var, factor = torch.ones(2, channels)
+    mean, bias = torch.zeros(2, channels, dtype=torch.float32, device="cpu")
+    var, factor = torch.ones(2, channels, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         size = torch.nn.functional.conv2d(
             input[:1].float(), weight.float(), None, layer.stride, layer.padding, layer.dilation

@@ -263,6 +263,7 @@ def failures(values, shape: Shape, dtype: torch.dtype, least_error: bool) -> lis
         least_error: stock's error counts for at least that of a plain loop. PyTorch adds some shapes up in
             many small parts, and some in double.
     """
+    assert len(values) in (1, len(NAMES))
     found = []
     for name, value, reference, terms in zip(
         NAMES, values, references(shape, dtype), shape.terms, strict=False

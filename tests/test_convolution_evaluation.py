@@ -69,18 +69,21 @@ def test_evaluation_with_gradients_equals_stock():
 
 
 def test_packed_once_for_any_size(unit, way):
-    """In the one order that a weight is packed in for good, whatever the number of pixels."""
     found = []
     for shape in way.some(3):
-        input, weight, grad = shape.tensors(unit)
-        channels = shape.out_channels
-        neutral = torch.zeros(channels), torch.ones(channels), torch.ones(channels), torch.zeros(channels)
-        with poisoned():
-            packed = KERNELS.conv_pack_weight(weight, input, shape.stride, shape.dilation)
-            output = KERNELS.conv_bn_act_eval(
-                input, weight, packed, None, None, *neutral, *shape.by, 0.0, False
-            )
-        found += failures([output], shape, unit, least_error=True)
+        input, weight, _ = shape.tensors(unit)
+        packed = KERNELS.conv_pack_weight(weight, input, shape.stride, shape.dilation)
+        height, width = shape.image
+        for other in (shape, shape._replace(batch=shape.batch + 3, image=(height + 11, width + 2))):
+            input, same_weight, _ = other.tensors(unit)
+            assert torch.equal(same_weight, weight)
+            channels = shape.out_channels
+            mean, var = torch.zeros(channels), torch.ones(channels)
+            with poisoned():
+                output = KERNELS.conv_bn_act_eval(
+                    input, weight, packed, None, None, mean, var, None, None, *shape.by, 0.0, False
+                )
+            found += failures([output], other, unit, least_error=True)
     assert not found, "\n".join(found)
 
 

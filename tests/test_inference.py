@@ -165,12 +165,37 @@ def test_what_is_packed_dies_with_its_model():
 
 
 def test_inference_mode(packs):
+    """A model that is made outside of it is packed once."""
+    stock = stock_model()
+    model, input = fastres.optimize_for_inference(stock), images()
     with torch.inference_mode():
-        stock = stock_model()
-        model, input = fastres.optimize_for_inference(stock), images()
-        first, second = model(input), model(input)
-    assert torch.equal(first, second)
+        model(input)
     assert len(packs) == 19
+    check(model, stock, [images(8)])
+    assert len(packs) == 19
+
+
+def test_a_model_made_in_inference_mode():
+    """Nobody counts the changes of its weights: they are packed at each call."""
+    with torch.inference_mode():
+        model, other, input = fastres.optimize_for_inference(stock_model()), stock_model(), images(8)
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+        model(input)
+        model.load_state_dict(other.state_dict())
+        torch.testing.assert_close(model(input), stock_output(other, input), rtol=1e-3, atol=1e-3)
+
+
+def test_changed_dtypes_and_back():
+    """The memory of the weights before must not pass for that of the weights behind."""
+    for _ in range(4):
+        stock = stock_model()
+        model, input = fastres.optimize_for_inference(stock), images(8)
+        with torch.no_grad():
+            model(input)
+            for changed in (model, stock):
+                changed.bfloat16().float()
+            torch.testing.assert_close(model(input), stock_output(stock, input), rtol=1e-4, atol=1e-4)
 
 
 def test_a_client(torchvision, packs):

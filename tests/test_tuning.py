@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from layers import FLOAT32, PRECISIONS, Case, channels_last, is_node
 
 import fastres
@@ -105,36 +107,101 @@ def test_a_difference_that_is_noise_leaves_the_rule(table, monkeypatch):
     assert tuning.takes_ours(layer(), False)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(),
-        Case(residual=False, stride=2),
-        Case(training=False),
-        Case(PRECISIONS["bfloat16-autocast"]),
-        Case(PRECISIONS["float16"], channels=(16, 24)),
-    ],
-    ids=["training", "strided", "evaluation", "autocast", "narrow"],
-)
-@pytest.mark.parametrize("grad", [True, False])
-def test_measuring_leaves_no_trace(case, grad, table, monkeypatch):
-    """But its times: no random number is used up, and results are the same."""
-    use(monkeypatch, "on")
-    kept = []
-    measure = tuning.measure
-    monkeypatch.setattr(tuning, "measure", lambda layer: kept.append(measure(layer)) or kept[-1])
-    state = torch.random.get_rng_state()
-    before = case.values["running_mean"].clone()
+CASES = {
+    "training": lambda: Case(),
+    "strided": lambda: Case(residual=False, stride=2),
+    "evaluation": lambda: Case(training=False),
+    "autocast": lambda: Case(PRECISIONS["bfloat16-autocast"]),
+    "narrow": lambda: Case(PRECISIONS["float16"], channels=(16, 24)),
+}
+
+
+def step(case, grad: bool):
+    """Output, gradients and statistics afterwards, and whether a convolution of ours ran."""
     with case.precision.context(), torch.set_grad_enabled(grad):
         leaves = case.leaves()
-        ops.conv_bn_relu(**leaves, **case.by)
+        output = ops.conv_bn_relu(**leaves, **case.by)
+    if grad:
+        output.backward(case.grad)
+    grads = [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
+    return [output.detach(), *grads, leaves["running_mean"], leaves["running_var"]], is_node(output)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("grad", [True, False])
+def test_measuring_leaves_no_trace(name, grad, table, monkeypatch):
+    """But its times: no random number is used up, and what is computed is what is computed without."""
+    use(monkeypatch, "on")
+    case, kept, measure = CASES[name](), [], tuning.measure
+    monkeypatch.setattr(tuning, "measure", lambda layer: kept.append(measure(layer)) or kept[-1])
+    state = torch.random.get_rng_state()
+    first, ours = step(case, grad)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert all(leaf.grad is None for leaf in leaves.values())
-    assert torch.equal(case.values["running_mean"], before)
-    for times in kept:
-        assert 0 < times.ours < 10 and 0 < times.pytorch < 10
+    second, again = step(case, grad)  # by what is known by now
+    assert ours == again and all(map(torch.equal, first, second))
     # In evaluation only without a gradient there is a choice.
     assert len(kept) == (case.precision.convolves and (case.by["training"] or not grad))
+    for times in kept:
+        assert 0 < times.ours < 10 and 0 < times.pytorch < 10
+
+
+@pytest.mark.parametrize("times", [OURS, PYTORCHS], ids=["ours", "pytorch's"])
+def test_measuring_is_not_told(times, table, monkeypatch):
+    """To whoever records the site in whose call it happens."""
+    use(monkeypatch, "on")
+    medians = tuning._medians
+    monkeypatch.setattr(tuning, "_medians", lambda layer: medians(layer) and times)
+    model = fastres.models.resnet18(num_classes=10).to(memory_format=torch.channels_last)
+    x = channels_last(torch.randn(2, 3, 64, 64))
+    assert str(fastres.explain(model, x)) == str(fastres.explain(model, x))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_under_activation_checkpointing(reentrant, table, monkeypatch):
+    use(monkeypatch, "on")
+    conv, bn = torch.nn.Conv2d(32, 32, 3, padding=1, bias=False), torch.nn.BatchNorm2d(32)
+    x = channels_last(torch.randn(4, 32, 9, 8)).requires_grad_()
+
+    def layer(x):
+        return fastres.sites.conv_bn_act(conv, bn, None, x, relu=True)
+
+    torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
+    assert x.grad is not None and conv.weight.grad is not None
+
+
+def test_two_threads_at_once(table, monkeypatch):
+    use(monkeypatch, "on")
+    model = fastres.models.resnet18(num_classes=10).to(memory_format=torch.channels_last)
+    images = [channels_last(torch.randn(2, 3, side, side)) for side in (48, 64)]
+    with ThreadPoolExecutor(2) as threads:
+        outputs = list(threads.map(model, images))
+    assert [output.shape for output in outputs] == [(2, 10)] * 2
+    assert tuning._forced.ours is None
+
+
+def test_under_another_default_dtype(table, monkeypatch):
+    use(monkeypatch, "on")
+    case = Case()
+    torch.set_default_dtype(torch.float64)
+    try:
+        ops.conv_bn_relu(**case.leaves(), **case.by)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert table.get(layer()) is not None
+
+
+def test_a_layer_that_cannot_be_measured(table, monkeypatch):
+    use(monkeypatch, "on")
+
+    def measure(layer):
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(tuning, "measure", measure)
+    with pytest.warns(
+        UserWarning, match="8x32x17x15 by 64x32x3x3.* could not be measured: not enough memory"
+    ):
+        assert runs_ours(Case())
+    assert not table.path.exists()
 
 
 def test_in_inference_mode(table, monkeypatch):
@@ -209,3 +276,15 @@ def test_explain_tells_whose_convolutions_run(table, measured, monkeypatch):
     assert str(fastres.explain(model, x.contiguous())).count("fused convolutions are") == 1
     use(monkeypatch, "on")
     assert str(fastres.explain(model, x)).endswith("\n0 of 20 fused convolutions are fastres's own")
+
+
+def test_without_a_home(monkeypatch, tmp_path):
+    """As in some containers; it is asked for when fastres is imported."""
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(tuning.Path, "home", no_home)
+    monkeypatch.setattr(tuning.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert tuning._path() == tmp_path / "fastres" / "convolutions.json"

@@ -1,6 +1,7 @@
 // The maximum over windows of channels-last pixels, and its gradient, for one row of pixels.
 #pragma once
 
+#include "core/max_pool.h"
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
 
@@ -85,7 +86,7 @@ FASTRES_ALWAYS void sweep_channels(int64_t channels, const Body& body) {
     for (; c < channels; ++c) body(Step<Real, 1>{}, c);
 }
 
-inline constexpr int kMostTaps = 256;
+inline constexpr int kMostTaps = MaxPool2d::most_taps;
 
 template <class T>
 void max_pool(const MaxPoolRow& row) {

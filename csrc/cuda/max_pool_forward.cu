@@ -2,7 +2,6 @@
 //     moments, statistics  of batch_norm_forward.cu
 //     apply_max_pool       input -> output and index
 #include <algorithm>
-#include <limits>
 
 #include "cuda/batch_norm.h"
 #include "cuda/kernel_list.h"
