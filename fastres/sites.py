@@ -2,8 +2,8 @@
 
 A site is a place in a forward where convolution, batch norm, residual addition, ReLU and a maximum over
 windows follow each other. Whether it runs fused is decided at every call: a module that someone hooked,
-replaced or subclassed since the last call is called as it is, in the order in which stock PyTorch would have
-called it.
+replaced or subclassed since the last call is called as it is, in the order in which stock PyTorch would
+have called it.
 """
 
 from __future__ import annotations
