@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,7 +26,8 @@ from fastres.models import by_name
 from fastres.progress import shown
 from fastres.timing import Machine, Seconds, Spread, interleave, ratios, usable_cores
 
-_STOCK_VARIANTS = ("eager", "compile")
+# torch.compile's mode; none where stock layers run as they are.
+_STOCK_VARIANTS = {"eager": None, "compile": "default", "compile-max-autotune": "max-autotune"}
 _WARM_UP = (
     2  # calls: the first compiles and makes the optimizer's state, the second runs in the memory so gained
 )
@@ -52,7 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train: forward, loss, backward, SGD with momentum; infer: forward, by optimize_for_inference "
         "but with --contiguous (default: %(default)s)",
     )
-    add("--against", default="eager", help="eager, compile or eager,compile (default: %(default)s)")
+    add(
+        "--against",
+        default="eager",
+        help=f"one or more of {', '.join(_STOCK_VARIANTS)}, with commas (default: %(default)s)",
+    )
     add("--contiguous", action="store_true", help="memory in NCHW order instead of channels_last")
     add("--repeat", type=int, default=10, help="rounds (default: %(default)s)")
     add("--threads", type=int, help="threads of PyTorch's CPU ops (default here: PyTorch's own choice)")
@@ -177,7 +182,8 @@ def check(arguments: argparse.Namespace) -> list[str]:
         raise BenchError(f"--threads {arguments.threads}: expected at most {most}, 4 to a core")
     against = list(dict.fromkeys(filter(None, arguments.against.split(","))))
     if not against or not set(against) <= set(_STOCK_VARIANTS):
-        raise BenchError(f"--against {arguments.against!r}: expected eager, compile or eager,compile")
+        names = ", ".join(_STOCK_VARIANTS)
+        raise BenchError(f"--against {arguments.against!r}: expected one or more of {names}, with commas")
     if arguments.device == "cuda":
         if not torch.cuda.is_available():
             raise BenchError(
@@ -201,7 +207,7 @@ class Variant:
     """A model and the step that is timed.
 
     Args:
-        name: "fused", "eager" (stock layers) or "compile" (torch.compile of stock layers).
+        name: "fused", "eager" (stock layers), or of torch.compile of stock layers.
         arguments: of `fastres bench`.
     """
 
@@ -228,7 +234,8 @@ class Variant:
         # So small that a batch seen many times is not learned by heart: its gradients would become denormal
         # numbers, which are slow.
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-5, momentum=0.9)
-        self.forward: Callable[[Tensor], Tensor] = torch.compile(model) if name == "compile" else model
+        mode = _STOCK_VARIANTS.get(name)
+        self.forward: Callable[[Tensor], Tensor] = torch.compile(model, mode=mode) if mode else model
 
     def warm_up(self, advance: Callable[[], object] = lambda: None) -> None:
         """Everything that only the first calls do, and a look at whether the fused model runs fused.
@@ -378,9 +385,12 @@ def _print(result: dict) -> None:
     print(f"convolutions of the fused model: {counts}")
     peak = f"{'peak MB':>10}" if settings["device"] == "cuda" else ""
     quartiles = f"quartiles of {settings['repeat']} rounds"
-    print(f"\n{'':8}{'ms/step':>10}{'images/s':>10}{peak}   its time / fused's ({quartiles})")
+    width = max(map(len, result["variants"])) + 2
+    print(f"\n{'':{width}}{'ms/step':>10}{'images/s':>10}{peak}   its time / fused's ({quartiles})")
     for name, variant in result["variants"].items():
-        line = f"{name:8}{variant['seconds']['median'] * 1e3:10.2f}{variant['images_per_second']:10.1f}"
+        line = (
+            f"{name:{width}}{variant['seconds']['median'] * 1e3:10.2f}{variant['images_per_second']:10.1f}"
+        )
         if peak:
             line += f"{variant['peak_bytes'] / 1e6:10.1f}"
         if name in result["speedup"]:
@@ -403,24 +413,29 @@ def in_words(speedup: dict[str, float]) -> str:
 
 
 def _print_breakdown(breakdowns: dict[str, dict]) -> None:
-    print(f"\n{'ms/step, profiled':18}" + "".join(f"{name:>10}" for name in breakdowns))
+    width = max(10, *(len(name) + 2 for name in breakdowns))
+    print()
+    _print_row("ms/step, profiled", breakdowns, width)
     for part in _PARTS:
-        row = "".join(f"{breakdown['seconds'][part] * 1e3:10.2f}" for breakdown in breakdowns.values())
-        print(f"{part:18}{row}")
-    _print_shares("  of stock's", {n: b["seconds"]["the rest"] for n, b in breakdowns.items()})
+        _print_row(part, [f"{b['seconds'][part] * 1e3:.2f}" for b in breakdowns.values()], width)
+    _print_shares("  of stock's", {n: b["seconds"]["the rest"] for n, b in breakdowns.items()}, width)
     saved = {name: breakdown.get("saved_bytes") for name, breakdown in breakdowns.items()}
     if None not in saved.values():
-        print(f"{'saved MB':18}" + "".join(f"{bytes / 1e6:10.1f}" for bytes in saved.values()))
-        _print_shares("  of stock's", saved)
+        _print_row("saved MB", [f"{bytes / 1e6:.1f}" for bytes in saved.values()], width)
+        _print_shares("  of stock's", saved, width)
 
 
-def _print_shares(title: str, values: dict[str, float]) -> None:
+def _print_shares(title: str, values: dict[str, float], width: int) -> None:
     """Fused's value as a share of each stock variant's, beneath that variant."""
     shares = [
-        f"{'':>10}" if name == "fused" or not value else f"{values['fused'] / value:10.2f}"
+        "" if name == "fused" or not value else f"{values['fused'] / value:.2f}"
         for name, value in values.items()
     ]
-    print(f"{title:18}" + "".join(shares))
+    _print_row(title, shares, width)
+
+
+def _print_row(title: str, cells: Iterable[str], width: int) -> None:
+    print(f"{title:18}" + "".join(f"{cell:>{width}}" for cell in cells))
 
 
 def _write(result: dict, path: Path) -> None:

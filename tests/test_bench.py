@@ -61,18 +61,26 @@ def test_writes_what_it_measured(mode, device, tmp_path, capsys):
         assert ("saved_bytes" in variant["breakdown"]) == (mode == "train")
 
 
-def test_compares_with_torch_compile(monkeypatch, tmp_path):
+def _table(printed: str) -> list[str]:
+    """The rows of the breakdown's times."""
+    begin = printed.index("ms/step, profiled")
+    return printed[begin:].split("\n")[:5]
+
+
+def test_compares_with_torch_compile(monkeypatch, tmp_path, capsys):
     compiled = []
 
-    def compile(model):
-        compiled.append(model)
+    def compile(model, mode):
+        compiled.append(mode)
         return torch._dynamo.optimize("eager")(model)
 
     monkeypatch.setattr(torch, "compile", compile)
     path = tmp_path / "out.json"
-    assert run("--against", "compile,eager", "--json", str(path)) == 0
-    assert list(json.loads(path.read_text())["variants"]) == ["fused", "compile", "eager"]
-    assert len(compiled) == 1
+    assert run("--against", "compile,eager,compile-max-autotune", "--breakdown", "--json", str(path)) == 0
+    names = ["fused", "compile", "eager", "compile-max-autotune"]
+    assert list(json.loads(path.read_text())["variants"]) == names
+    assert compiled == ["default", "max-autotune"]
+    assert all(len(line) == len(lines[0]) for lines in [_table(capsys.readouterr().out)] for line in lines)
 
 
 def test_foreign_models_are_fused_first(torchvision, tmp_path):
@@ -174,8 +182,11 @@ def test_tells_why_sites_of_the_fused_model_ran_stock(capsys, monkeypatch):
         (["--repeat", "0"], "--repeat 0: expected 1 or more"),
         (["--threads", "0"], "--threads 0: expected 1 or more"),
         (["--threads", "2000"], "--threads 2000: expected at most"),
-        (["--against", "eager,jit"], "--against 'eager,jit': expected eager, compile or eager,compile"),
-        (["--against", ""], "--against '': expected eager, compile or eager,compile"),
+        (
+            ["--against", "eager,jit"],
+            "--against 'eager,jit': expected one or more of eager, compile, compile-max",
+        ),
+        (["--against", ""], "--against '': expected one or more of eager"),
         (["--json", "no/such/folder/out.json"], "--json no/such/folder/out.json: cannot write there"),
         (
             ["--batch", "1", "--image-size", "1"],

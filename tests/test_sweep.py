@@ -214,7 +214,7 @@ def test_measures_stock_with_the_best_of_cudnns_algorithms(tmp_path, monkeypatch
         ("--dtype fp8", "--dtype fp8: expected fp32, bf16 or fp32,bf16"),
         ("--threads 9999", "--threads 9999: expected at most"),
         ("--model resnet51", "--model resnet51: there is no such model; did you mean resnet"),
-        ("--against stock", "--against 'stock': expected eager"),
+        ("--against stock", "--against 'stock': expected one or more of eager"),
         ("--repeat 0", "--repeat 0: expected 1 or more"),
         ("--out /", "--out /: cannot write there"),
         ("--html missing/x.html", "--html missing/x.html: cannot write there"),

@@ -163,7 +163,7 @@ def _result(settings: argparse.Namespace, advance: Callable[[], object]) -> dict
     except (bench.BenchError, RuntimeError, MemoryError) as error:
         return {"error": str(error).partition("\n")[0] or type(error).__name__}
     finally:
-        if "compile" in settings.against:
+        if settings.against != "eager":
             torch.compiler.reset()  # else one process compiles a model's forward for a few cells only
         gc.collect()
         memory.empty_cache()
