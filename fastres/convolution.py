@@ -40,13 +40,13 @@ class Geometry(NamedTuple):
     dilation: tuple[int, int]
 
     def output_size(self, input: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
-        height, width = (
-            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for size, kernel, stride, padding, dilation in zip(
-                input.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation, strict=True
-            )
-        )
-        return input.size(0), weight.size(0), height, width
+        # Without a loop: this is asked at every call.
+        batch, _, height, width = input.shape
+        channels, _, kernel_h, kernel_w = weight.shape
+        (stride_h, stride_w), (padding_h, padding_w), (dilation_h, dilation_w) = self
+        height = (height + 2 * padding_h - dilation_h * (kernel_h - 1) - 1) // stride_h + 1
+        width = (width + 2 * padding_w - dilation_w * (kernel_w - 1) - 1) // stride_w + 1
+        return batch, channels, height, width
 
 
 def compute_dtype(input: Tensor) -> torch.dtype:
@@ -67,8 +67,10 @@ def covered(
     """The geometry, if the kernels run this convolution."""
     if input.device.type != "cpu" or weight.device.type != "cpu":
         return None
+    if groups != 1 or input.dim() != 4 or weight.dim() != 4:
+        return None
     by, dtype = _geometry(stride, padding, dilation), compute_dtype(input)
-    if by is None or groups != 1 or input.dim() != 4 or weight.dim() != 4:
+    if by is None:
         return None
     if not kernels.is_channels_last(input) or input.size(1) != weight.size(1):
         return None
@@ -107,6 +109,10 @@ def _geometry(stride, padding, dilation) -> Geometry | None:
 
 
 def _pair(value, least: int) -> tuple[int, int] | None:
+    if type(value) is tuple and len(value) == 2:  # nn.Conv2d's own, at every call
+        first, second = value
+        fit = type(first) is int and type(second) is int and first >= least and second >= least
+        return value if fit else None
     values = (value, value) if type(value) is int else () if isinstance(value, str) else tuple(value)
     values = values * 2 if len(values) == 1 else values
     fit = len(values) == 2 and all(type(v) is int and v >= least for v in values)
