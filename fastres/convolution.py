@@ -104,52 +104,32 @@ def expected_faster(by: Geometry, input: Tensor, weight: Tensor, needs_grad: boo
 
 def _geometry(stride, padding, dilation) -> Geometry | None:
     """None where the padding is a name, or where F.conv2d would take offence."""
-    pairs = [_pair(value, least) for value, least in ((stride, 1), (padding, 0), (dilation, 1))]
+    pairs = [pair(value, least) for value, least in ((stride, 1), (padding, 0), (dilation, 1))]
     return None if None in pairs else Geometry(*pairs)
 
 
-def _pair(value, least: int) -> tuple[int, int] | None:
+def pair(value, least: int) -> tuple[int, int] | None:
+    """Of an argument that takes one integer or two, of at least `least`; None if it is not that."""
     if type(value) is tuple and len(value) == 2:  # nn.Conv2d's own, at every call
         first, second = value
         fit = type(first) is int and type(second) is int and first >= least and second >= least
         return value if fit else None
-    values = (value, value) if type(value) is int else () if isinstance(value, str) else tuple(value)
+    values = (value,) if type(value) is int else tuple(value) if isinstance(value, (tuple, list)) else ()
     values = values * 2 if len(values) == 1 else values
     fit = len(values) == 2 and all(type(v) is int and v >= least for v in values)
     return values if fit else None
 
 
 def conv_bn_act_eval(
-    input: Tensor,
-    weight: Tensor,
-    conv_bias,
-    residual,
-    running_mean,
-    running_var,
-    bn_weight,
-    bn_bias,
-    by,
-    *rest,
+    by: Geometry, input: Tensor, weight: Tensor, *tensors, eps: float, relu: bool
 ) -> Tensor:
     """act(batch_norm(conv2d(input)) [+ residual]) by running statistics, without a gradient.
 
-    Args: by: the Geometry. rest: eps, relu.
+    Args: tensors: conv_bias, residual, running_mean, running_var, bn_weight, bn_bias.
     """
     kept = packed(weight, input, by.stride, by.dilation)
     with torch._C._AutoDispatchBelowAutograd():
-        return _bn_act_eval(
-            input,
-            weight,
-            kept,
-            conv_bias,
-            residual,
-            running_mean,
-            running_var,
-            bn_weight,
-            bn_bias,
-            *by,
-            *rest,
-        )
+        return _bn_act_eval(input, weight, kept, *tensors, *by, eps, relu)
 
 
 @register_fake("fastres::conv_forward")

@@ -1,10 +1,22 @@
-"""Files that are whole or absent: written beside, flushed, then renamed."""
+"""Files that are whole or absent: written beside, flushed, then renamed; where lasting ones are kept."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+
+def cache_path(name: str) -> Path:
+    """Where a file is kept for later processes: in fastres's part of the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if not cache:
+        try:
+            cache = Path.home() / ".cache"
+        except RuntimeError:  # there is no home, as in some containers
+            cache = tempfile.gettempdir()
+    return Path(cache) / "fastres" / name
 
 
 @contextmanager

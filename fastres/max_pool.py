@@ -12,6 +12,7 @@ from torch.library import register_fake
 from torch.nn import functional as F
 
 from fastres import kernels
+from fastres.convolution import pair
 
 _forward = torch.ops.fastres.bn_relu_max_pool_forward.default
 _backward = torch.ops.fastres.bn_relu_max_pool_backward.default
@@ -30,11 +31,11 @@ class MaxPool(NamedTuple):
     @classmethod
     def of(cls, module: nn.MaxPool2d) -> "MaxPool | None":
         """None where it is one of those that the kernels do not know."""
-        pairs = [_pair(value) for value in (module.kernel_size, module.stride, module.padding)]
-        if None in pairs or _pair(module.dilation) != (1, 1) or module.return_indices:
+        kernel, stride = pair(module.kernel_size, 1), pair(module.stride, 1)
+        padding = pair(module.padding, 0)
+        if None in (kernel, stride, padding) or pair(module.dilation, 1) != (1, 1) or module.return_indices:
             return None
-        kernel, stride, padding = pairs
-        fits = all(2 * p <= k for k, p in zip(kernel, padding, strict=True)) and min(*kernel, *stride) > 0
+        fits = all(2 * p <= k for k, p in zip(kernel, padding, strict=True))
         if not fits or kernel[0] * kernel[1] > _MOST_PIXELS:
             return None
         return cls(kernel, stride, padding, bool(module.ceil_mode))
@@ -54,11 +55,6 @@ class MaxPool(NamedTuple):
         windows = -(-rest // stride) + 1
         # The last one begins within the image or the padding before it.
         return windows - ((windows - 1) * stride >= size + padding)
-
-
-def _pair(value) -> tuple[int, int] | None:
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    return values if len(values) == 2 and all(type(v) is int and v >= 0 for v in values) else None
 
 
 def max_pool(pool: MaxPool, input: Tensor) -> Tensor:

@@ -5,8 +5,6 @@ of torch.nn.functional wherever they do not: mixed dtypes, strided memory, few v
 subclasses, torch.func transforms, forward-mode AD. Each is also an op, `torch.ops.fastres.<name>`.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
@@ -33,10 +31,8 @@ _CPU_DTYPES = _CUDA_DTYPES | {torch.float64}
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 
-# Called by an op, where somebody listens:
-on_composed: Callable[[str], object] | None = None  # it runs as the composition of PyTorch's own; why
-on_pool_apart: Callable[[], object] | None = None  # the maximum over windows behind it runs by itself
-on_own_convolution: Callable[[], object] | None = None  # the convolution before it is not PyTorch's
+# A sites.Record, told how the ops run that a site calls; None where nobody records.
+record = None
 
 
 def _is_special(*tensors: Tensor | None) -> bool:
@@ -111,13 +107,8 @@ def _why_not_statistics(input: Tensor, running_mean, running_var, training: bool
 
 
 def _tell_composed(reason: str) -> None:
-    if on_composed is not None and not torch.compiler.is_dynamo_compiling():
-        on_composed(reason)
-
-
-def _tell_own_convolution() -> None:
-    if on_own_convolution is not None:
-        on_own_convolution()
+    if record is not None and not torch.compiler.is_dynamo_compiling():
+        record.composed(reason)
 
 
 def _check_residual(op: str, argument: str, residual: Tensor, input: Tensor) -> None:
@@ -167,8 +158,8 @@ def _pooled(pool: max_pool.MaxPool | None, output: Tensor) -> Tensor:
     """The maximum over windows by PyTorch, which keeps no input for backward that can be made again."""
     if pool is None:
         return output
-    if on_pool_apart is not None and not torch.compiler.is_dynamo_compiling():
-        on_pool_apart()
+    if record is not None and not torch.compiler.is_dynamo_compiling():
+        record.pool_apart()
     return call_without_keeping(lambda values: max_pool.max_pool(pool, values), output)
 
 
@@ -377,15 +368,15 @@ def conv_bn_act(
         geometry = (stride, padding, dilation, groups)
         by = _for_ours(input, weight, residual, conv_bias, channel_vectors, geometry, training, needs_grad)
     if by is not None:
-        _tell_own_convolution()
+        if record is not None:
+            record.convolved()
         input = input.to(convolution.compute_dtype(input))
         if training:
             arguments = (input, weight, residual, *channel_vectors, *by, momentum, eps, relu)
             output = call_without_keeping_values(convolution.conv_bn_act, *arguments)
         else:
-            output = convolution.conv_bn_act_eval(
-                input, weight, conv_bias, residual, *channel_vectors, by, eps, relu
-            )
+            tensors = (input, weight, conv_bias, residual, *channel_vectors)
+            output = convolution.conv_bn_act_eval(by, *tensors, eps=eps, relu=relu)
         return _pooled(pool, output)
     if at_once and not relu and residual is None and _pays_folding(input, weight):
         folded = composed.fold_batch_norm(

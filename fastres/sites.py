@@ -76,8 +76,7 @@ def listen(listener: Callable[[Record], object]) -> Iterator[None]:
     try:
         yield
     finally:
-        _listener = outer
-        ops.on_composed = ops.on_pool_apart = ops.on_own_convolution = None
+        _listener, ops.record = outer, None
 
 
 @contextmanager
@@ -316,8 +315,7 @@ def _tell(op, modules, residual, relu, reason, pool=None) -> None:
     parts = (op, residual is not None and "add", relu and "relu", pool is not None and "max_pool")
     present = tuple(module for module in modules if module is not None)
     record = Record(present, "_".join(filter(None, parts)), reason is None, reason)
-    ops.on_composed, ops.on_pool_apart = record.composed, record.pool_apart
-    ops.on_own_convolution = record.convolved
+    ops.record = record
     _listener(record)
 
 

@@ -14,7 +14,6 @@ import fcntl
 import json
 import os
 import statistics
-import tempfile
 import threading
 import time
 import warnings
@@ -26,7 +25,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from fastres import _C
-from fastres.files import replaced
+from fastres.files import cache_path, replaced
 
 MODES = ("cached", "on", "off")
 _SECONDS = 0.1  # that the measurement of a layer goes on for each side, at least
@@ -185,17 +184,7 @@ def _machine() -> str:
 _cpu: str | None = None
 
 
-def _path() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME")
-    if not cache:
-        try:
-            cache = Path.home() / ".cache"
-        except RuntimeError:  # there is no home, as in some containers
-            cache = tempfile.gettempdir()
-    return Path(cache) / "fastres" / "convolutions.json"
-
-
-table = Table(_path())
+table = Table(cache_path("convolutions.json"))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -236,13 +225,12 @@ def measure(layer: Layer) -> Times:
     """Medians of calls that take turns, unseen by whoever watches the calls around them."""
     from fastres import ops
 
-    listeners = ops.on_composed, ops.on_pool_apart, ops.on_own_convolution
-    ops.on_composed = ops.on_pool_apart = ops.on_own_convolution = None
+    record, ops.record = ops.record, None
     try:
         with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
             return _medians(layer)
     finally:
-        ops.on_composed, ops.on_pool_apart, ops.on_own_convolution = listeners
+        ops.record = record
 
 
 def _medians(layer: Layer) -> Times:

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import contextlib
 import re
 import shutil
 from importlib import import_module
@@ -79,22 +80,33 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@contextlib.contextmanager
+def _selected(isa):
+    before = _C.cpu_isa()
+    _C.select_cpu_isa(isa)
+    yield isa
+    _C.select_cpu_isa(before)
+
+
+@pytest.fixture(params=_C.cpu_isas())
+def any_isa(request):
+    """An instruction set, selected."""
+    with _selected(request.param) as isa:
+        yield isa
+
+
 @pytest.fixture(params=[isa for isa, dtype in units() if dtype == "float32"])
 def isa(request):
-    """An instruction set that has convolutions, selected."""
-    before = _C.cpu_isa()
-    _C.select_cpu_isa(request.param)
-    yield request.param
-    _C.select_cpu_isa(before)
+    """One that has convolutions, selected."""
+    with _selected(request.param) as isa:
+        yield isa
 
 
 @pytest.fixture(params=units(), ids="-".join)
 def unit(request):
     """Selects an instruction set; the dtype that it is to convolve."""
-    before = _C.cpu_isa()
-    _C.select_cpu_isa(request.param[0])
-    yield DTYPES[request.param[1]]
-    _C.select_cpu_isa(before)
+    with _selected(request.param[0]):
+        yield DTYPES[request.param[1]]
 
 
 @pytest.fixture(params=[1, 2], ids=["1_thread", "2_threads"])

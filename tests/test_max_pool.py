@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastres
-from fastres import _C, kernels, sites
+from fastres import kernels, sites
 from fastres.max_pool import MaxPool, bn_relu_max_pool, covers
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -27,14 +27,6 @@ POOLS = [
 ]
 SHAPES = [(2, 64, 9, 12), (3, 5, 7, 5), (1, 130, 5, 6), (5, 19, 6, 5)]
 CASES = [(shape, pool) for shape, pool in itertools.product(SHAPES, POOLS) if shape[2] >= pool[0][0]]
-
-
-@pytest.fixture(params=_C.cpu_isas())
-def isa(request):
-    before = _C.cpu_isa()
-    _C.select_cpu_isa(request.param)
-    yield request.param
-    _C.select_cpu_isa(before)
 
 
 def reference(pool, input, mean, var, weight, bias, training):
@@ -93,7 +85,7 @@ NAMES = (
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_is_as_accurate_as_stock(dtype, training, isa, one_thread):
+def test_is_as_accurate_as_stock(dtype, training, any_isa, one_thread):
     """Over all cases together: low precisions have ties, whose gradients go either way."""
     results = [[] for _ in NAMES]
     for shape, pool in CASES:
@@ -129,7 +121,7 @@ def test_each_device(dtype, training, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_values_and_indices_are_those_of_pytorch(dtype, isa, one_thread):
+def test_values_and_indices_are_those_of_pytorch(dtype, any_isa, one_thread):
     """Of integers, which tie, with infinities and NaN among them; normalised by 0 and 1."""
     for shape, pool in CASES:
         input = channels_last(torch.randint(-2, 3, shape).to(dtype))
@@ -150,7 +142,7 @@ def test_values_and_indices_are_those_of_pytorch(dtype, isa, one_thread):
         assert torch.equal(rows * shape[3] + columns, pixels)
 
 
-def test_threads_only_share_out(isa, one_thread):
+def test_threads_only_share_out(any_isa, one_thread):
     """The output, and in evaluation the gradient, are the same to the bit for one and for two threads."""
     for dtype in DTYPES:
         arguments = case((4, 64, 65, 33), dtype, False)

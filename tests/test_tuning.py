@@ -11,7 +11,7 @@ import torch.utils.checkpoint
 from layers import FLOAT32, PRECISIONS, Case, channels_last, is_node
 
 import fastres
-from fastres import ops, tuning
+from fastres import files, ops, tuning
 from fastres.tuning import Layer, Table, Times
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -285,6 +285,6 @@ def test_without_a_home(monkeypatch, tmp_path):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(tuning.Path, "home", no_home)
-    monkeypatch.setattr(tuning.tempfile, "gettempdir", lambda: str(tmp_path))
-    assert tuning._path() == tmp_path / "fastres" / "convolutions.json"
+    monkeypatch.setattr(files.Path, "home", no_home)
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert files.cache_path("convolutions.json") == tmp_path / "fastres" / "convolutions.json"

@@ -29,34 +29,23 @@ using fastres::emu::threadIdx;
 // A load of a vector is the making of one of these from memory, a store is an assignment: the address is
 // checked as the hardware would. Nothing here promises the alignment, or the compiler would take it for
 // granted.
-struct uint4 {
-    unsigned x, y, z, w;
+template <int words>
+struct AlignedWords {
+    unsigned word[words];
 
-    uint4() = default;
-    uint4(const uint4& from) {
-        fastres::emu::check_alignment(&from, 16);
-        std::memcpy(static_cast<void*>(this), &from.x, 16);
+    AlignedWords() = default;
+    AlignedWords(const AlignedWords& from) {
+        fastres::emu::check_alignment(&from, sizeof *this);
+        std::memcpy(word, from.word, sizeof word);
     }
-    uint4& operator=(const uint4& from) {
-        fastres::emu::check_alignment(this, 16);
-        std::memcpy(static_cast<void*>(this), &from.x, 16);
+    AlignedWords& operator=(const AlignedWords& from) {
+        fastres::emu::check_alignment(this, sizeof *this);
+        std::memcpy(word, from.word, sizeof word);
         return *this;
     }
 };
-struct uint2 {
-    unsigned x, y;
-
-    uint2() = default;
-    uint2(const uint2& from) {
-        fastres::emu::check_alignment(&from, 8);
-        std::memcpy(static_cast<void*>(this), &from.x, 8);
-    }
-    uint2& operator=(const uint2& from) {
-        fastres::emu::check_alignment(this, 8);
-        std::memcpy(static_cast<void*>(this), &from.x, 8);
-        return *this;
-    }
-};
+using uint2 = AlignedWords<2>;
+using uint4 = AlignedWords<4>;
 
 inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     fastres::emu::sync_threads(file, line);

@@ -7,7 +7,6 @@ folder. Delete that file to measure anew.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 
 from fastres import _C
-from fastres.files import replaced
+from fastres.files import cache_path, replaced
 from fastres.timing import Machine, clock_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -66,7 +65,7 @@ def measured(device: torch.device) -> Limits:
     """The limits of the machine at hand, from the cache folder where they were measured before."""
     machine = Machine.at_hand(device)
     parts = (machine.cpu, machine.cores, machine.isa, machine.threads, machine.gpu, machine.torch, _VERSION)
-    key, path = ", ".join(map(str, parts)), _path()
+    key, path = ", ".join(map(str, parts)), cache_path("limits.json")
     try:
         kept = json.loads(path.read_text())
         return Limits.of(kept[key])
@@ -83,11 +82,6 @@ def measured(device: torch.device) -> Limits:
     except OSError:
         pass  # measured again next time
     return limits
-
-
-def _path() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "fastres" / "limits.json"
 
 
 def _measure(device: torch.device) -> Limits:
