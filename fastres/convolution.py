@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import register_fake
 from torch.nn import functional as F
 
-from fastres import _C, composed, kernels
+from fastres import _C, composed, kernels, recompute
 from fastres.packing import packed
 
 _bn_act_forward = torch.ops.fastres.conv_bn_act_forward.default
@@ -189,7 +189,7 @@ class _ConvBnAct(torch.autograd.Function):
             )
         ctx.set_materialize_grads(False)
         ctx.by, ctx.input_node = by, input_node
-        kept = kernels.keep_for_mask(ctx, output, residual, relu)
+        kept = recompute.keep_for_mask(ctx, output, residual, relu)
         ctx.save_for_backward(conv_output, kept, weight, bias, mean, rstd, input, conv_weight)
         return output
 
@@ -197,10 +197,10 @@ class _ConvBnAct(torch.autograd.Function):
     def backward(ctx, grad):
         if grad is None:
             return (None,) * 14
-        conv_output, output, weight, bias, mean, rstd, input, conv_weight = kernels.unpack(ctx)
+        conv_output, output, weight, bias, mean, rstd, input, conv_weight = recompute.unpack(ctx)
         if ctx.keeps_residual:
-            output = kernels.make_again(ctx)
-        kernels.forget(ctx)
+            output = recompute.make_again(ctx)
+        recompute.forget(ctx)
         differentiate = _differentiably if torch.is_grad_enabled() else _by_kernel
         grad_input, grad_conv_weight, grad_residual, grad_weight, grad_bias = differentiate(
             ctx, grad, conv_output, output, weight, bias, mean, rstd, input, conv_weight
@@ -229,9 +229,9 @@ def _by_kernel(ctx, grad, conv_output, output, weight, bias, mean, rstd, input, 
         # step of ResNet-50 takes 0.95x the time, in bf16 1.03x.
         once = conv_output.dtype == torch.float32 and conv_weight.size(3) > 1
         if node.has_residual or once:
-            input = kernels.make_again(node)
+            input = recompute.make_again(node)
         else:
-            input, _, *before = kernels.unpack(node)[:6]
+            input, _, *before = recompute.unpack(node)[:6]
             before.append(node.relu)
     grad = kernels.in_layout_of(grad, conv_output)
     with torch._C._AutoDispatchBelowAutograd():
@@ -257,7 +257,7 @@ def _by_kernel(ctx, grad, conv_output, output, weight, bias, mean, rstd, input, 
 def _differentiably(ctx, grad, conv_output, output, weight, bias, mean, rstd, input, conv_weight):
     """The same by PyTorch's ops, for a second derivative."""
     if ctx.input_node is not None:
-        input = _InPlaceOf.apply(input, kernels.make_again(ctx.input_node))
+        input = _InPlaceOf.apply(input, recompute.make_again(ctx.input_node))
     cast_weight = conv_weight.to(input.dtype)
     conv_output = F.conv2d(input, cast_weight, None, *ctx.by)
     grad_conv_output, grad_residual, *grad_norm = composed.bn_act_backward(
@@ -282,7 +282,7 @@ class _InPlaceOf(torch.autograd.Function):
         return grad, None
 
 
-kernels.register_node(_ConvBnAct)
+recompute.register_node(_ConvBnAct)
 
 
 def conv_bn_act(

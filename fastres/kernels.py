@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
-from fastres import _C, composed  # _C registers the ops
-
-# Whether activations are made again in the backward pass, see fastres.recompute.
-recomputes = True
+from fastres import _C, composed, recompute  # _C registers the ops
 
 # Up to so many values of an output on the CPU, calling the ops takes the time and not what they compute: a
 # layer of bn_act takes 0.8x stock PyTorch's speed at 2^11 values, 0.9x at 2^15 and 1.0 to 1.2x at 2^17.
@@ -20,7 +17,6 @@ few_values = 2**16
 CUDA = bool(_C.build_info()["cuda"])
 library = Library("fastres", "FRAGMENT")
 _bn_act_forward = torch.ops.fastres.bn_act_forward.default
-_bn_act_again = torch.ops.fastres.bn_act_again.default
 _bn_act_backward = torch.ops.fastres.bn_act_backward.default
 _add_relu_backward = torch.ops.fastres.add_relu_backward.default
 
@@ -90,7 +86,7 @@ class _BnAct(torch.autograd.Function):
         statistics += mean, rstd
         ctx.set_materialize_grads(False)
         ctx.training = training
-        kept = keep_for_mask(ctx, output, residual, rest[-1])
+        kept = recompute.keep_for_mask(ctx, output, residual, rest[-1])
         ctx.save_for_backward(input, kept, weight, bias, mean, rstd)
         return output
 
@@ -98,10 +94,10 @@ class _BnAct(torch.autograd.Function):
     def backward(ctx, grad):
         if grad is None:
             return (None,) * 11
-        input, output, weight, bias, mean, rstd = unpack(ctx)
+        input, output, weight, bias, mean, rstd = recompute.unpack(ctx)
         if ctx.keeps_residual:
-            output = make_again(ctx)
-        forget(ctx)
+            output = recompute.make_again(ctx)
+        recompute.forget(ctx)
         grad = in_layout_of(grad, input)
         arguments = (grad, input, output, weight, bias, mean, rstd, ctx.training, ctx.relu)
         if torch.is_grad_enabled():  # a second derivative may be asked for
@@ -124,71 +120,7 @@ class _BnAct(torch.autograd.Function):
         )
 
 
-# ---------------------------------------------------------------------------------------------------------
-# outputs that are made again, of bn_act and of fastres.convolution
-
-_node_types = {_BnAct._backward_cls}
-
-
-def register_node(function: type[torch.autograd.Function]) -> None:
-    """Of a function that begins with keep_for_mask, and saves what make_again unpacks."""
-    _node_types.add(function._backward_cls)
-
-
-def node_of(output: Tensor):
-    """The autograd node whose output this is, unchanged, if make_again can make it; else None."""
-    node = output.grad_fn
-    return node if type(node) in _node_types and output._version == 0 else None
-
-
-def keep_for_mask(node, output: Tensor, residual: Tensor | None, relu: bool) -> Tensor | None:
-    """Which tensor the node keeps for the gradient of its ReLU, none where its mask can be recomputed.
-
-    With a residual the mask is taken from the output, which is kept, or made again from the residual where
-    some other layer keeps that.
-    """
-    node.relu, node.has_residual = relu, residual is not None
-    node.keeps_output = relu and node.has_residual and not _is_kept(residual)
-    node.keeps_residual = relu and node.has_residual and not node.keeps_output
-    node.unpacked = node.output_again = None
-    return output if node.keeps_output else residual if node.keeps_residual else None
-
-
-def _is_kept(residual: Tensor) -> bool:
-    node = node_of(residual) if recomputes else None
-    return node is not None and node.keeps_output
-
-
-def unpack(node) -> tuple[Tensor | None, ...]:
-    """What the node saved, taken once in a backward pass: activation checkpointing insists on it.
-
-    The node itself asks, and the layer that uses its output. A later pass asks autograd anew, which checks
-    that nothing was changed in the meantime.
-    """
-    task = torch._C._current_graph_task_id()
-    if node.unpacked is None or node.unpacked[0] != task:
-        node.unpacked, node.output_again = (task, node.saved_tensors), None
-        if task != -1:  # the node itself may not be asked in this pass
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: forget(node))
-    return node.unpacked[1]
-
-
-def forget(node) -> None:
-    node.unpacked = node.output_again = None
-
-
-def make_again(node) -> Tensor:
-    """The output of a node, from what the node saved."""
-    input, residual, weight, bias, mean, rstd = unpack(node)[:6]
-    if node.output_again is not None:
-        return node.output_again
-    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
-        output = _bn_act_again(
-            input, residual if node.keeps_residual else None, weight, bias, mean, rstd, node.relu
-        )
-    if node.keeps_residual:  # the node itself asks next, for its mask
-        node.output_again = output
-    return output
+recompute.register_node(_BnAct)
 
 
 def count_update(*statistics: Tensor | None) -> None:
