@@ -198,8 +198,8 @@ class _ConvBnAct(torch.autograd.Function):
         if grad is None:
             return (None,) * 14
         conv_output, output, weight, bias, mean, rstd, input, conv_weight = recompute.unpack(ctx)
-        if ctx.keeps_residual:
-            output = recompute.make_again(ctx)
+        if ctx.relu and ctx.has_residual:
+            output = recompute.output_of(ctx)
         recompute.forget(ctx)
         differentiate = _differentiably if torch.is_grad_enabled() else _by_kernel
         grad_input, grad_conv_weight, grad_residual, grad_weight, grad_bias = differentiate(
@@ -229,7 +229,7 @@ def _by_kernel(ctx, grad, conv_output, output, weight, bias, mean, rstd, input, 
         # step of ResNet-50 takes 0.95x the time, in bf16 1.03x.
         once = conv_output.dtype == torch.float32 and conv_weight.size(3) > 1
         if node.has_residual or once:
-            input = recompute.make_again(node)
+            input = recompute.output_of(node)
         else:
             input, _, *before = recompute.unpack(node)[:6]
             before.append(node.relu)
@@ -257,7 +257,7 @@ def _by_kernel(ctx, grad, conv_output, output, weight, bias, mean, rstd, input, 
 def _differentiably(ctx, grad, conv_output, output, weight, bias, mean, rstd, input, conv_weight):
     """The same by PyTorch's ops, for a second derivative."""
     if ctx.input_node is not None:
-        input = _InPlaceOf.apply(input, recompute.make_again(ctx.input_node))
+        input = _InPlaceOf.apply(input, recompute.output_of(ctx.input_node))
     cast_weight = conv_weight.to(input.dtype)
     conv_output = F.conv2d(input, cast_weight, None, *ctx.by)
     grad_conv_output, grad_residual, *grad_norm = composed.bn_act_backward(

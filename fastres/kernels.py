@@ -95,8 +95,8 @@ class _BnAct(torch.autograd.Function):
         if grad is None:
             return (None,) * 11
         input, output, weight, bias, mean, rstd = recompute.unpack(ctx)
-        if ctx.keeps_residual:
-            output = recompute.make_again(ctx)
+        if ctx.relu and ctx.has_residual:
+            output = recompute.output_of(ctx)
         recompute.forget(ctx)
         grad = in_layout_of(grad, input)
         arguments = (grad, input, output, weight, bias, mean, rstd, ctx.training, ctx.relu)

@@ -2,7 +2,7 @@
 
 A convolution keeps its input for the gradient of its weights. Where that input is relu(batch_norm(y)), the
 batch norm keeps y as well, and one pass over y makes the input again: half of what a layer keeps is spared.
-Of the sums at the ends of residual blocks every second one is made again, from the sum before.
+The sum at the end of a residual block is made again from the sum before it, and that from the one before.
 Reference: Rota Bulo, Porzi and Kontschieder 2018 (arXiv:1712.02616), section 3, "checkpointing".
 """
 
@@ -17,6 +17,8 @@ from fastres import _C  # noqa: F401  registers the ops
 
 _bn_act_again = torch.ops.fastres.bn_act_again.default
 _enabled = True
+# Of a sum that is made again, each reads two tensors and writes one.
+_MOST_PASSES = 6
 
 
 def set_recompute(enabled: bool) -> bool:
@@ -37,32 +39,44 @@ _node_types = set()
 
 
 def register_node(function: type[torch.autograd.Function]) -> None:
-    """Of a function that begins with keep_for_mask, and saves what make_again unpacks."""
+    """Of a function that begins with keep_for_mask, and saves what output_of unpacks."""
     _node_types.add(function._backward_cls)
 
 
-def node_of(output: Tensor):
-    """The autograd node whose output this is, unchanged, if make_again can make it; else None."""
-    node = output.grad_fn
-    return node if type(node) in _node_types and output._version == 0 else None
-
-
 def keep_for_mask(node, output: Tensor, residual: Tensor | None, relu: bool) -> Tensor | None:
-    """Which tensor the node keeps for the gradient of its ReLU, none where its mask can be recomputed.
+    """Which tensor the node keeps for the gradient of its ReLU, none where its mask can be made again.
 
-    With a residual the mask is taken from the output, which is kept, or made again from the residual where
-    some other layer keeps that.
+    With a residual the mask is taken from the output. That is made again where the residual can be had from
+    the node whose output it is.
     """
-    node.relu, node.has_residual = relu, residual is not None
-    node.keeps_output = relu and node.has_residual and not _is_kept(residual)
-    node.keeps_residual = relu and node.has_residual and not node.keeps_output
+    node.relu, node.has_residual, node.around = relu, residual is not None, _hooks_around()
+    node.residual_node = None if residual is None else _source_of_residual(residual)
+    node.makes_output_again = residual is None or node.residual_node is not None
+    node.keeps_output, node.passes = relu and not node.makes_output_again, 0
+    if not node.keeps_output:
+        node.passes = 1 + (0 if node.residual_node is None else node.residual_node.passes)
     node.unpacked = node.output_again = None
-    return output if node.keeps_output else residual if node.keeps_residual else None
+    return output if node.keeps_output else None
 
 
-def _is_kept(residual: Tensor) -> bool:
-    node = node_of(residual) if _enabled else None
-    return node is not None and node.keeps_output
+def _source_of_residual(residual: Tensor):
+    """The node whose output this is, if it is kept or to be made again in passes that are not too many."""
+    node = _node_of(residual)
+    can = node is not None and (node.keeps_output or node.makes_output_again)
+    return node if can and node.passes < _MOST_PASSES else None
+
+
+def _node_of(output: Tensor):
+    """The autograd node of ours whose output this is, unchanged, if it can be asked for that later."""
+    if not _enabled or torch.compiler.is_dynamo_compiling():
+        return None
+    if torch._C._len_torch_dispatch_stack() > 0 or peek_interpreter_stack() is not None:
+        return None
+    node = output.grad_fn
+    if type(node) not in _node_types or output._version != 0:
+        return None
+    # A node from outside of a checkpointed region would have its own region computed again, and kept.
+    return node if node.around == _hooks_around() else None
 
 
 def unpack(node) -> tuple[Tensor | None, ...]:
@@ -83,16 +97,17 @@ def forget(node) -> None:
     node.unpacked = node.output_again = None
 
 
-def make_again(node) -> Tensor:
-    """The output of a node, from what the node saved."""
-    input, residual, weight, bias, mean, rstd = unpack(node)[:6]
+def output_of(node) -> Tensor:
+    """The output of a node that keeps it or makes it again, from what it saved."""
+    input, output, weight, bias, mean, rstd = unpack(node)[:6]
+    if node.keeps_output:
+        return output
     if node.output_again is not None:
         return node.output_again
+    residual = None if node.residual_node is None else output_of(node.residual_node)
     with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
-        output = _bn_act_again(
-            input, residual if node.keeps_residual else None, weight, bias, mean, rstd, node.relu
-        )
-    if node.keeps_residual:  # the node itself asks next, for its mask
+        output = _bn_act_again(input, residual, weight, bias, mean, rstd, node.relu)
+    if node.relu and node.has_residual:  # the node itself asks next, for its mask
         node.output_again = output
     return output
 
@@ -131,12 +146,15 @@ def _call_keeping(instead, input: Tensor, function: Callable[..., Tensor], *argu
 
 
 def _made_again_by(input: Tensor):
-    if not (_enabled and torch.is_grad_enabled()) or torch.compiler.is_dynamo_compiling():
-        return None
-    if torch._C._len_torch_dispatch_stack() > 0 or peek_interpreter_stack() is not None:
-        return None
-    node = node_of(input)
-    return None if node is None or node.keeps_output else node
+    """The node that makes this again, if it will not keep it."""
+    node = _node_of(input) if torch.is_grad_enabled() else None
+    return node if node is not None and node.makes_output_again else None
+
+
+def _hooks_around():
+    """What packs and unpacks saved tensors now, apart from _Pack; None: nothing does."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks[0].around if hooks is not None and type(hooks[0]) is _Pack else hooks
 
 
 _STAND_IN = object()
@@ -147,7 +165,7 @@ class _Pack:
 
     def __init__(self, input: Tensor, instead) -> None:
         self.input, self.instead = input, instead
-        self.around = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        self.around = _hooks_around()
 
     def __call__(self, tensor: Tensor):
         if tensor is self.input:
@@ -162,7 +180,7 @@ def _unpack(packed) -> Tensor:
     if packed is _STAND_IN:
         return torch.empty(0)
     if not isinstance(packed, tuple):
-        return make_again(packed)
+        return output_of(packed)
     unpack, kept = packed
     return unpack(kept)
 
