@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import register_fake
 from torch.nn import functional as F
 
-from fastres import _C, composed, kernels, recompute
+from fastres import _C, composed, joining, kernels, recompute
 from fastres.packing import packed
 
 _bn_act_forward = torch.ops.fastres.conv_bn_act_forward.default
@@ -163,10 +163,10 @@ def _(input, conv_weight, residual, running_mean, running_var, weight, bias, *re
 
 @register_fake("fastres::conv_bn_act_backward")
 def _(grad, conv_output, output, weight, bias, save_mean, save_rstd, relu, input, *rest):
-    *_, conv_weight, _stride, _padding, _dilation, needs_input, needs_conv_weight = rest
+    *_, conv_weight, _stride, _padding, _dilation, add_to, needs_input, needs_conv_weight = rest
     grad_weight = conv_output.new_empty(conv_output.size(1), dtype=torch.float32)
     return (
-        torch.empty_like(input) if needs_input else input.new_empty(0),
+        torch.empty_like(input) if needs_input and add_to is None else input.new_empty(0),
         torch.empty_like(conv_weight) if needs_conv_weight else input.new_empty(0),
         input.new_empty(0) if output is None else torch.empty_like(conv_output),
         grad_weight,
@@ -188,31 +188,43 @@ class _ConvBnAct(torch.autograd.Function):
                 input, conv_weight, residual, running_mean, running_var, weight, bias, *rest
             )
         ctx.set_materialize_grads(False)
-        ctx.by, ctx.input_node = by, input_node
+        ctx.by, ctx.input_node, ctx.meeting = by, input_node, None
+        ctx.meet = ()
+        if relu and residual is not None:
+            ctx.meet = joining.nodes_that_meet(_ConvBnAct._backward_cls, input, residual)
         kept = recompute.keep_for_mask(ctx, output, residual, relu)
         ctx.save_for_backward(conv_output, kept, weight, bias, mean, rstd, input, conv_weight)
         return output
 
     @staticmethod
     def backward(ctx, grad):
+        meeting = joining.meeting_of(ctx)
+        waiting = None if meeting is None else meeting.sum
         if grad is None:
-            return (None,) * 14
+            return None, joining.leave(ctx, waiting), *(None,) * 12
         conv_output, output, weight, bias, mean, rstd, input, conv_weight = recompute.unpack(ctx)
         if ctx.relu and ctx.has_residual:
             output = recompute.output_of(ctx)
         recompute.forget(ctx)
-        differentiate = _differentiably if torch.is_grad_enabled() else _by_kernel
-        grad_input, grad_conv_weight, grad_residual, grad_weight, grad_bias = differentiate(
-            ctx, grad, conv_output, output, weight, bias, mean, rstd, input, conv_weight
-        )
+        saved = (conv_output, output, weight, bias, mean, rstd, input, conv_weight)
         _, needs_input, needs_conv_weight, needs_residual, _, _, needs_weight, needs_bias, *_ = (
             ctx.needs_input_grad
         )
+        if torch.is_grad_enabled():
+            gradients = _differentiably(ctx, grad, *saved)
+        else:
+            gradients = _by_kernel(ctx, grad, waiting, *saved)
+        grad_input, grad_conv_weight, grad_residual, grad_weight, grad_bias = gradients
+        grad_input = grad_input if needs_input else None
+        grad_residual = grad_residual if needs_residual else None
+        if not torch.is_grad_enabled():
+            grad_input = joining.leave(ctx, grad_input)
+            grad_residual = joining.arrange(ctx.meet, grad_residual) if ctx.meet else grad_residual
         return (
             None,
-            grad_input if needs_input else None,
+            grad_input,
             grad_conv_weight if needs_conv_weight else None,
-            grad_residual if needs_residual else None,
+            grad_residual,
             None,
             None,
             grad_weight.to(weight.dtype) if needs_weight else None,
@@ -221,7 +233,7 @@ class _ConvBnAct(torch.autograd.Function):
         )
 
 
-def _by_kernel(ctx, grad, conv_output, output, weight, bias, mean, rstd, input, conv_weight):
+def _by_kernel(ctx, grad, add_to, conv_output, output, weight, bias, mean, rstd, input, conv_weight):
     before = (None, None, None, None, False)
     node = ctx.input_node
     if node is not None:
@@ -248,9 +260,11 @@ def _by_kernel(ctx, grad, conv_output, output, weight, bias, mean, rstd, input, 
             *before,
             conv_weight,
             *ctx.by,
+            add_to,
             ctx.needs_input_grad[1],
             ctx.needs_input_grad[2],
         )
+    grad_input = grad_input if add_to is None else add_to
     return grad_input, grad_conv_weight, grad if output is None else grad_residual, *grad_norm
 
 

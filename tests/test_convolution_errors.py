@@ -61,11 +61,13 @@ def _bn_act_backward(
     input_mean=None,
     input_rstd=None,
     conv_weight=W,
+    add_to=None,
+    needs_input=True,
 ):
     return KERNELS.conv_bn_act_backward(
         grad, conv_output, output, weight, bias, save_mean, save_rstd, relu,
         input, input_weight, input_bias, input_mean, input_rstd, True,
-        conv_weight, ONE, NONE, ONE, True, True,
+        conv_weight, ONE, NONE, ONE, add_to, needs_input, True,
     )  # fmt: skip
 
 
@@ -112,6 +114,10 @@ BAD = [
     (_bn_act_forward, dict(running_var=torch.zeros(5, 1)), r"running_var has shape \[5, 1\]"),
     (_bn_act_forward, dict(weight=torch.zeros(5).double()), "weight is float64"),
     (_bn_act_forward, dict(bias=torch.zeros(10)[::2]), "bias is strided"),
+    (_bn_act_backward, dict(add_to=G), "add_to has another shape than the convolution gives it"),
+    (_bn_act_backward, dict(add_to=X.contiguous()), "add_to is not channels last"),
+    (_bn_act_backward, dict(add_to=X.bfloat16()), "add_to is not of dtype float32"),
+    (_bn_act_backward, dict(add_to=X.clone(), needs_input=False), "add_to is given without needs_input"),
     (_bn_act_backward, dict(conv_output=X), "conv_output has another shape"),
     (_bn_act_backward, dict(grad=G.bfloat16()), "grad is not of dtype float32"),
     (_bn_act_backward, dict(input=X.bfloat16()), "input is not of dtype float32"),

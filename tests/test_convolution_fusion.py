@@ -84,8 +84,32 @@ def test_the_activation_before_is_made_in_the_loads(unit, threads, way):
                 input, conv_weight, None, None, None, None, None, *shape.by, 0.1, 1e-5, True
             )
             front = (grad, conv_output, None, None, None, *norm, True)
-            back = (conv_weight, *shape.by, True, True)
+            back = (conv_weight, *shape.by, None, True, True)
             read = KERNELS.conv_bn_act_backward(*front, input, None, None, None, None, False, *back)
             made = KERNELS.conv_bn_act_backward(*front, before, *vectors, mean, rstd, relu, *back)
             for a, b in zip(read, made, strict=True):
                 assert torch.equal(a, b), shape
+
+
+def test_the_gradient_of_the_input_is_added_to_another(unit, threads, way):
+    """In the store, rounded once: for float32 that is the sum of both to the bit."""
+    for shape in [*way.some(8 * threads), Shape(2, 16, 20, (9, 8), (1, 1), (2, 2))]:
+        if shape.terms[2] < 2 or shape.batch * math.prod(shape.image) < 2:
+            continue
+        input, conv_weight, grad = shape.tensors(unit)
+        _, conv_output, *norm = KERNELS.conv_bn_act_forward(
+            input, conv_weight, None, None, None, None, None, *shape.by, 0.1, 1e-5, True
+        )
+        other = torch.randn_like(input)
+        front = (grad, conv_output, None, None, None, *norm, True, input, None, None, None, None, False)
+        alone, *others = KERNELS.conv_bn_act_backward(*front, conv_weight, *shape.by, None, True, True)
+        total = other.clone()
+        nothing, *same = KERNELS.conv_bn_act_backward(*front, conv_weight, *shape.by, total, True, True)
+        assert nothing.numel() == 0
+        for a, b in zip(others, same, strict=True):
+            assert torch.equal(a, b), shape
+        if unit == torch.float32:
+            assert torch.equal(total, alone + other), shape
+        exact, roundoff = alone.double() + other.double(), torch.finfo(unit).eps / 2
+        bound = roundoff * (exact.abs() + 1.01 * alone.double().abs()) * 1.01
+        assert ((total.double() - exact).abs() <= bound).all(), shape

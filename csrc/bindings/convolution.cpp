@@ -280,12 +280,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_forward(
 
 // `output` is given where a residual was added, as for bn_act_backward. Where `input_mean` is given, the
 // convolution's input was act(batch_norm(input)) by the statistics and parameters beginning with input_.
+// Where `add_to` is given, the gradient of the input is added to it, and is nothing itself.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_backward(
     Tensor grad, Tensor conv_output, OptionalTensor output, OptionalTensor weight, OptionalTensor bias,
     Tensor save_mean, Tensor save_rstd, bool relu, Tensor input, OptionalTensor input_weight,
     OptionalTensor input_bias, OptionalTensor input_mean, OptionalTensor input_rstd, bool input_relu,
-    Tensor conv_weight_tensor, Ints stride, Ints padding, Ints dilation, bool needs_input,
-    bool needs_conv_weight) {
+    Tensor conv_weight_tensor, Ints stride, Ints padding, Ints dilation, OptionalTensor add_to,
+    bool needs_input, bool needs_conv_weight) {
     constexpr const char* op = "conv_bn_act_backward";
     const Conv2d shape = conv2d(op, sizes_of(input), conv_weight_tensor, stride, padding, dilation);
     const Dtype dtype = check_activation(op, "conv_output", conv_output, out_sizes(shape));
@@ -293,6 +294,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_backward(
     check_operand(op, "input", input, in_sizes(shape), dtype);
     if (output) check_operand(op, "output", *output, out_sizes(shape), dtype);
     if (output && !relu) fail(op, "output is given without relu, which needs no mask");
+    if (add_to) check_operand(op, "add_to", *add_to, in_sizes(shape), dtype);
+    if (add_to && !needs_input) fail(op, "add_to is given without needs_input");
     if (input_mean.has_value() != input_rstd.has_value())
         fail(op, "input_mean and input_rstd are given together or not at all");
     BnBackward norm{};
@@ -325,11 +328,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_backward(
     // The gradient of the convolution's output is never written: both convolutions make it as they load.
     const cpu::ConvOperand grad_operand = differentiated(conv_output, input_grad);
     Tensor grad_input =
-        needs_input ? empty_channels_last(conv_output, in_sizes(shape)) : nothing(conv_output);
+        needs_input && !add_to ? empty_channels_last(conv_output, in_sizes(shape)) : nothing(conv_output);
     if (needs_input)
-        cpu::conv_backward_input(
-            {shape, dtype, grad_operand, conv_weight(op, conv_weight_tensor), grad_input.data_ptr()},
-            torch_threads());
+        cpu::conv_backward_input({shape, dtype, grad_operand, conv_weight(op, conv_weight_tensor),
+                                  add_to ? add_to->data_ptr() : grad_input.data_ptr(), add_to.has_value()},
+                                 torch_threads());
     Tensor grad_conv_weight = needs_conv_weight ? output_like(conv_weight_tensor) : nothing(conv_output);
     if (needs_conv_weight) {
         cpu::BnCoefficients before;
@@ -370,7 +373,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres, library) {
         "conv_bn_act_backward(Tensor grad, Tensor conv_output, Tensor? output, Tensor? weight, "
         "Tensor? bias, Tensor save_mean, Tensor save_rstd, bool relu, Tensor input, Tensor? input_weight, "
         "Tensor? input_bias, Tensor? input_mean, Tensor? input_rstd, bool input_relu, Tensor conv_weight, "
-        "int[] stride, int[] padding, int[] dilation, bool needs_input, bool needs_conv_weight) "
+        "int[] stride, int[] padding, int[] dilation, Tensor(a!)? add_to, bool needs_input, "
+        "bool needs_conv_weight) "
         "-> (Tensor grad_input, Tensor grad_conv_weight, Tensor grad_residual, Tensor grad_weight, "
         "Tensor grad_bias)");
     library.def(

@@ -303,6 +303,7 @@ void conv_backward_input(const ConvBackwardInput& args, const ThreadPool& pool) 
     gather.input = args.grad;
     gather.in_channels = shape.out_channels;
     gather.output = args.grad_input;
+    gather.residual = args.add ? args.grad_input : nullptr;
     gather.out_channels = shape.in_channels;
     gather.grid_step = shape.stride;
     gather.weight = args.weight;
@@ -323,6 +324,8 @@ void conv_backward_input(const ConvBackwardInput& args, const ThreadPool& pool) 
                 backward_taps(shape.kernel.h, shape.stride.h, shape.padding.h, shape.dilation.h, h);
             gather.columns =
                 backward_taps(shape.kernel.w, shape.stride.w, shape.padding.w, shape.dilation.w, w);
+            const bool unseen = gather.rows.taps.empty() || gather.columns.taps.empty();
+            if (args.add && unseen) continue;
             flatten(gather);
             run(gather, pool);
         }

@@ -35,6 +35,7 @@ struct ConvBackwardInput {
     ConvOperand grad;
     ConvWeight weight;
     void* grad_input;
+    bool add;  // to what is there
 };
 
 struct ConvBackwardWeight {
