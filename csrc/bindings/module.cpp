@@ -65,7 +65,8 @@ PYBIND11_MODULE(_C, module) {
                "CUDA is absent.");
     module.def(
         "cpu_isa", [] { return std::string(fastres::cpu::kernels().isa); },
-        "The instruction set whose CPU kernels run: 'scalar', 'avx2', 'avx512' or 'avx512_bf16'.");
+        "The instruction set whose CPU kernels run: 'scalar', 'avx2', 'avx512', 'avx512_bf16' or "
+        "'avx512_amx'.");
     module.def("cpu_isas", &fastres::cpu::available_isas,
                "The instruction sets that this library holds and this processor can run, slowest first.");
     module.def("select_cpu_isa", &fastres::cpu::select_isa, py::arg("isa"),

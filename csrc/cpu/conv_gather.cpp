@@ -46,7 +46,8 @@ class DirectLoop final : public GatherLoop {
   private:
     // Smaller boxes only where there would be too little for each thread, however the channels are cut.
     int64_t pixels_of_box() const {
-        constexpr int64_t usual = 200, least = 28;
+        constexpr int64_t least = 28;
+        const int64_t usual = 200 - 200 % kernels_.row_grain;
         const int64_t boxes_wanted = ceil_div(pool_.threads(), n_blocks_);
         return std::clamp(pixels() / boxes_wanted, least, usual);
     }
@@ -174,7 +175,7 @@ class DirectLoop final : public GatherLoop {
         const int64_t block = kernels_.block, width = box.columns.size();
         const int64_t groups = groups_of(box);
         const auto multiply_group = [&](int64_t n, int64_t image, int64_t row, int64_t group) {
-            const Range columns = part(width, groups, group);
+            const Range columns = part(width, groups, group, kernels_.row_grain);
             const int64_t patch_row = image * patch.h + row * args_.rows.patch_step();
             const int64_t pixel = (image * box.rows.size() + row) * width + columns.begin;
             const int64_t channel = (n - n_blocks.begin) * block;
