@@ -40,6 +40,8 @@ std::vector<std::string> kernels() {
             for (const char* kernel :
                  {"conv_multiply", "conv_load", "conv_store", "conv_pack_weight", "conv_transform"})
                 add(unit, kernel);
+        const fastres::cpu::ConvKernels* bf16 = unit->convolution[static_cast<int>(fastres::Dtype::bf16)];
+        if (bf16 && bf16->load_steps) add(unit, "conv_load_steps");
     }
 #if defined(FASTRES_CUDA)
     for (const std::string& kernel : fastres::cuda::kernel_names()) names.push_back("cuda/" + kernel);
