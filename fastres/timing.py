@@ -121,7 +121,7 @@ class Machine:
 
     Attributes:
         isa: the instruction set that fastres's CPU kernels run with.
-        amx: whether the CPU shows its matrix unit, which oneDNN's bf16 convolutions live by.
+        amx: whether the CPU shows its matrix unit, which bf16 convolutions live by.
         threads: of PyTorch's CPU ops.
         gpu: its name, "" where the device is the CPU.
         gpu_clocks: of the moment, so ask right after the work; "" where nvidia-smi does not tell.

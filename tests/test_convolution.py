@@ -105,6 +105,6 @@ def test_weights_of_float32(unit, shape):
     # Summed in float32, and never rounded to less.
     error = rms(results[2].double() - exact[2])
     assert error <= FACTOR * plain_sum_error(exact[2], shape.terms[2])
-    if unit == torch.bfloat16 and _C.cpu_isa() == "avx512_bf16":
+    if unit == torch.bfloat16 and _C.cpu_isa() in ("avx512_bf16", "avx512_amx"):
         for rounded, result in zip(ours(input, weight.to(unit), grad, shape)[:2], results[:2], strict=True):
             assert torch.equal(rounded, result)

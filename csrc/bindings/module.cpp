@@ -40,6 +40,8 @@ std::vector<std::string> kernels() {
             for (const char* kernel :
                  {"conv_multiply", "conv_load", "conv_store", "conv_pack_weight", "conv_transform"})
                 add(unit, kernel);
+        const fastres::cpu::ConvKernels* bf16 = unit->convolution[static_cast<int>(fastres::Dtype::bf16)];
+        if (bf16 && bf16->load_steps) add(unit, "conv_load_steps");
     }
 #if defined(FASTRES_CUDA)
     for (const std::string& kernel : fastres::cuda::kernel_names()) names.push_back("cuda/" + kernel);
@@ -65,7 +67,8 @@ PYBIND11_MODULE(_C, module) {
                "CUDA is absent.");
     module.def(
         "cpu_isa", [] { return std::string(fastres::cpu::kernels().isa); },
-        "The instruction set whose CPU kernels run: 'scalar', 'avx2', 'avx512' or 'avx512_bf16'.");
+        "The instruction set whose CPU kernels run: 'scalar', 'avx2', 'avx512', 'avx512_bf16' or "
+        "'avx512_amx'.");
     module.def("cpu_isas", &fastres::cpu::available_isas,
                "The instruction sets that this library holds and this processor can run, slowest first.");
     module.def("select_cpu_isa", &fastres::cpu::select_isa, py::arg("isa"),

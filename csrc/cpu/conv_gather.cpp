@@ -46,7 +46,8 @@ class DirectLoop final : public GatherLoop {
   private:
     // Smaller boxes only where there would be too little for each thread, however the channels are cut.
     int64_t pixels_of_box() const {
-        constexpr int64_t usual = 200, least = 28;
+        constexpr int64_t least = 28;
+        const int64_t usual = 200 - 200 % kernels_.row_grain;
         const int64_t boxes_wanted = ceil_div(pool_.threads(), n_blocks_);
         return std::clamp(pixels() / boxes_wanted, least, usual);
     }
@@ -85,17 +86,18 @@ class DirectLoop final : public GatherLoop {
         const Axes patch =
             taps_ ? Axes{args_.rows.patch(box.rows.size()), args_.columns.patch(box.columns.size())}
                   : Axes{0, 0};
-        const int64_t sums_words = box.pixels() * sums_stride;
+        const Stretch stretch = stretch_of(box, patch);
+        const int64_t sums_words = box.images.size() * box.rows.size() * stretch.pitch * sums_stride;
         const int64_t patch_words = in_place_ ? 0 : box.images.size() * patch.h * patch.w * k_block_;
         float* sums = workspace.floats(sums_words + patch_words + 3 * sums_stride);
         float* words = sums + sums_words;
         float* about = words + patch_words;
         // Moments are taken about the first pixel: a mean far from zero costs no digits.
         if (moments) std::fill_n(about, 3 * sums_stride, 0.0f);
-        const Sums of_box{sums, sums_stride, moments ? about : nullptr};
+        const Sums of_box{sums, sums_stride, moments ? about : nullptr, stretch};
         if (taps_ == 0) std::fill_n(sums, sums_words, 0.0f);
-        prefetch.spread(n_blocks.size() * box.images.size() * box.rows.size() * groups_of(box) *
-                        ceil_div(k_words_, k_block_));
+        prefetch.spread(n_blocks.size() * box.images.size() * box.rows.size() / stretch.rows *
+                        groups_of(stretch) * ceil_div(k_words_, k_block_));
         int64_t k = 0;
         do {
             const int64_t k_words = std::min(k_block_, k_words_ - k);
@@ -132,14 +134,33 @@ class DirectLoop final : public GatherLoop {
             prefetch.add(at(operand, begin * args_.in_channels, args_.dtype), 1, bytes, bytes);
     }
 
-    // Tiles that a row of a box is cut into.
-    int64_t groups_of(const Box& box) const { return ceil_div(box.columns.size(), kernels_.tile_rows); }
+    // Rows of a box that are cut into tiles as one.
+    struct Stretch {
+        int64_t rows;
+        int64_t pitch;   // sums from one row to the next
+        int64_t pixels;  // and what lies between the rows
+    };
+
+    // A row; or all rows of an image, where that takes no more tiles: their pixels follow each other in the
+    // patch, and what the kernel sees beside a row, between them, is multiplied in vain.
+    Stretch stretch_of(const Box& box, Axes patch) const {
+        const int64_t width = box.columns.size(), rows = box.rows.size(), grain = kernels_.row_grain;
+        const Stretch row{1, width, width};
+        if (grain == 1 || taps_ == 0 || args_.rows.patch_step() > 1 || args_.columns.patch_step() > 1)
+            return row;
+        const Stretch image{rows, patch.w, (rows - 1) * patch.w + width};
+        return ceil_div(image.pixels, grain) <= rows * ceil_div(width, grain) ? image : row;
+    }
+
+    // Tiles that it is cut into.
+    int64_t groups_of(const Stretch& stretch) const { return ceil_div(stretch.pixels, kernels_.tile_rows); }
 
     // What a box's products are added up in.
     struct Sums {
-        float* data;  // [pixel][stride]
+        float* data;  // [image][row][pitch of the stretch][stride]
         int64_t stride;
         float* moments;  // shift, sum, sum of squares: [stride] each; or null
+        Stretch stretch;
     };
 
     // What the grid's first pixel and those behind it see.
@@ -172,24 +193,34 @@ class DirectLoop final : public GatherLoop {
         tile.add = k > 0;
         const bool last = k + k_words == k_words_;
         const int64_t block = kernels_.block, width = box.columns.size();
-        const int64_t groups = groups_of(box);
+        const Stretch& stretch = sums.stretch;
+        const int64_t groups = groups_of(stretch);
         const auto multiply_group = [&](int64_t n, int64_t image, int64_t row, int64_t group) {
-            const Range columns = part(width, groups, group);
+            const Range span = part(stretch.pixels, groups, group, kernels_.row_grain);
             const int64_t patch_row = image * patch.h + row * args_.rows.patch_step();
-            const int64_t pixel = (image * box.rows.size() + row) * width + columns.begin;
+            const int64_t first = (image * box.rows.size() + row) * stretch.pitch;
             const int64_t channel = (n - n_blocks.begin) * block;
             tile.a = pixels.words +
-                     (patch_row * patch.w + columns.begin * args_.columns.patch_step()) * pixels.stride;
+                     (patch_row * patch.w + span.begin * args_.columns.patch_step()) * pixels.stride;
             tile.b = weight + (n * k_words_ + k) * taps_ * block;
-            tile.sums = sums.data + pixel * sums.stride + channel;
-            tile.rows = static_cast<int>(columns.size());
+            tile.sums = sums.data + (first + span.begin) * sums.stride + channel;
+            tile.rows = static_cast<int>(span.size());
             tile.vectors = cpu::vectors_of(kernels_, args_.out_channels - n * block);
             prefetch.step();
             if (taps_ > 0) kernels_.multiply(tile);
-            if (last)
-                store({tile.sums, sums.stride, tile.rows}, n * block, box.images.begin + image,
-                      box.rows.begin + row, box.columns.begin + columns.begin,
-                      sums.moments ? sums.moments + channel : nullptr, sums.stride, pixel == 0);
+            if (!last) return;
+            // Row by row, and nothing of what lies between.
+            for (int64_t r = span.begin / stretch.pitch; r * stretch.pitch < span.end; ++r) {
+                const int64_t row_begin = r * stretch.pitch;
+                const int64_t begin = std::max(span.begin, row_begin);
+                const int64_t end = std::min(span.end, row_begin + width);
+                if (begin >= end) continue;
+                store({sums.data + (first + begin) * sums.stride + channel, sums.stride,
+                       static_cast<int>(end - begin)},
+                      n * block, box.images.begin + image, box.rows.begin + row + r,
+                      box.columns.begin + begin - row_begin,
+                      sums.moments ? sums.moments + channel : nullptr, sums.stride, first + begin == 0);
+            }
         };
         // The weights of all blocks stay in the cache if they fit in; else one block's do.
         const int64_t cached_words = (kernels_.pack > 1 ? 96 : 64) * 1024;
@@ -197,7 +228,7 @@ class DirectLoop final : public GatherLoop {
         const Range all = n_blocks;
         for (int64_t outer = all.begin; outer < (blocks_inside ? all.begin + 1 : all.end); ++outer)
             for (int64_t image = 0; image < box.images.size(); ++image)
-                for (int64_t row = 0; row < box.rows.size(); ++row)
+                for (int64_t row = 0; row < box.rows.size(); row += stretch.rows)
                     for (int64_t group = 0; group < groups; ++group)
                         for (int64_t n = outer; n < (blocks_inside ? all.end : outer + 1); ++n)
                             multiply_group(n, image, row, group);

@@ -105,6 +105,7 @@ class GatherLoop {
             const int64_t box = task / chunks;
             gather(box, part(n_blocks_, chunks, task % chunks),
                    args_.moments ? moments.data() + box * args_.out_channels : nullptr);
+            if (kernels_.release) kernels_.release();
         });
         if (args_.moments) merge(moments, boxes.count());
     }

@@ -92,12 +92,16 @@ struct ConvKernels {
     int block;      // lanes of a tile, in vectors of block / vectors
     int vectors;    // the most of a tile
     int tile_rows;  // the most of a tile
+    int row_grain;  // tiles are cut to multiples of so many rows, but for the last of a stretch
     void (*multiply)(const MultiplyTile&);
     // words[column][ceil(channels / pack)], pairs of channels
     void (*load_channels)(const PixelRow&, float* words);
     // words[channel / width][ceil(columns / pack)][width], pairs of columns; block_stride words from one
     // block of `width` channels to the next
     void (*load_pixels)(const PixelRow&, int64_t width, float* words, int64_t block_stride);
+    // words[channel][ceil(columns / pack)], pairs of columns; channel_stride words from one channel to the
+    // next. Null where multiply takes any step_stride of a; else it takes 1 alone.
+    void (*load_steps)(const PixelRow&, float* words, int64_t channel_stride);
     // words[ceil(k / pack)][block], pairs of k; zero beyond n
     void (*pack_weight)(const WeightBlock&, float* words);
     // [k][n] = sums[k][n], whose rows are sums_stride apart
@@ -109,6 +113,8 @@ struct ConvKernels {
     void (*transform_output)(const MatrixTransform&);
     void (*transform_output_grad)(const MatrixTransform&);
     void (*transform_weight_grad)(const MatrixTransform&);
+    // Gives back what multiply set up in the processor, at the end of a thread's task; null: nothing.
+    void (*release)();
 };
 
 }  // namespace fastres::cpu

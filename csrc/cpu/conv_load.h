@@ -100,6 +100,14 @@ void load_channels(const PixelRow& row, float* words) {
     with_prologue(row.prologue, LoadChannels<Words, T>{row, words});
 }
 
+// Channel c of two pixels, at these elements, or of one: words of the gradient of the weight.
+template <class Words, class T, class Lane, Prologue kind, bool with_relu>
+FASTRES_ALWAYS Lane word_of(const PixelRow& row, int64_t first, int64_t second, int64_t c) {
+    const Lane a = first < 0 ? Lane{} : value_of<Lane, T, kind, with_relu>(row, first, c);
+    const Lane b = second < 0 ? Lane{} : value_of<Lane, T, kind, with_relu>(row, second, c);
+    return Words::template pair<T>(a, b);
+}
+
 template <class Words, class T>
 struct LoadPixels {
     const PixelRow& row;
@@ -120,20 +128,14 @@ struct LoadPixels {
                 int64_t c = 0;
                 if (first >= 0 || second >= 0) {
                     for (; c + lanes <= channels; c += lanes)
-                        store<false>(out + c, pair<Vec<float>, kind, with_relu>(first, second, begin + c));
+                        store<false>(out + c, word_of<Words, T, Vec<float>, kind, with_relu>(
+                                                  row, first, second, begin + c));
                     for (; c < channels; ++c)
-                        out[c] = pair<float, kind, with_relu>(first, second, begin + c);
+                        out[c] = word_of<Words, T, float, kind, with_relu>(row, first, second, begin + c);
                 }
                 for (; c < width; ++c) out[c] = 0;
             }
         }
-    }
-
-    template <class Lane, Prologue kind, bool with_relu>
-    __attribute__((always_inline)) Lane pair(int64_t first, int64_t second, int64_t c) const {
-        const Lane a = first < 0 ? Lane{} : value_of<Lane, T, kind, with_relu>(row, first, c);
-        const Lane b = second < 0 ? Lane{} : value_of<Lane, T, kind, with_relu>(row, second, c);
-        return Words::template pair<T>(a, b);
     }
 };
 

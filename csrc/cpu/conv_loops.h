@@ -6,6 +6,10 @@
 #include "cpu/conv_store.h"
 #include "cpu/conv_transform.h"
 #include "cpu/conv_weights.h"
+#if defined(__AMX_BF16__)
+#include "cpu/conv_load_steps.h"
+#include "cpu/conv_multiply_amx.h"
+#endif
 
 namespace fastres::cpu::FASTRES_ISA {
 
@@ -19,21 +23,34 @@ inline constexpr int kTileRows = 6, kTileVectors = 2;
 template <class Words, class T>
 constexpr ConvKernels conv_kernels() {
     constexpr int block = kTileVectors * kLanes<float>;
-    return {Words::pack,
-            block,
-            kTileVectors,
-            kTileRows,
-            multiply<Words, kTileRows, kTileVectors>,
-            load_channels<Words, T>,
-            load_pixels<Words, T>,
-            pack_weight<Words, block>,
-            unpack_weight,
-            store_tile<T>,
-            transform<InputMap>,
-            transform<WeightMap>,
-            transform<OutputMap>,
-            transform<OutputGradMap>,
-            transform<WeightGradMap>};
+    ConvKernels kernels = {Words::pack,
+                           block,
+                           kTileVectors,
+                           kTileRows,
+                           /*row_grain=*/1,
+                           multiply<Words, kTileRows, kTileVectors>,
+                           load_channels<Words, T>,
+                           load_pixels<Words, T>,
+                           /*load_steps=*/nullptr,
+                           pack_weight<Words, block>,
+                           unpack_weight,
+                           store_tile<T>,
+                           transform<InputMap>,
+                           transform<WeightMap>,
+                           transform<OutputMap>,
+                           transform<OutputGradMap>,
+                           transform<WeightGradMap>,
+                           /*release=*/nullptr};
+#if defined(__AMX_BF16__)
+    if constexpr (Words::pack == 2) {
+        kernels.tile_rows = kAmxRows;
+        kernels.row_grain = kAmxSide;
+        kernels.multiply = multiply_amx<block>;
+        kernels.load_steps = load_steps<Words, T>;
+        kernels.release = amx::release;
+    }
+#endif
+    return kernels;
 }
 
 }  // namespace fastres::cpu::FASTRES_ISA

@@ -58,7 +58,8 @@ class DirectLoop : WeightGradTasks {
     // A box's operands, as words.
     struct Words {
         float *grad, *input;
-        int64_t grad_block, input_block;  // from one block of channels to the next
+        int64_t grad_block, input_block;    // from one block of channels to the next
+        int64_t input_channel, input_step;  // from one channel of the input, or step, to the next
         int64_t in_blocks, row_steps;
     };
 
@@ -77,34 +78,38 @@ class DirectLoop : WeightGradTasks {
         Words loaded{};
         loaded.row_steps = steps(box.columns.size());
         loaded.grad_block = box.images.size() * box.rows.size() * loaded.row_steps * kernels_.block;
-        loaded.input_block = box.images.size() * patch_rows(box) * loaded.row_steps * in_width_;
+        const int64_t input_steps = box.images.size() * patch_rows(box) * loaded.row_steps;
+        loaded.input_block = input_steps * in_width_;
+        loaded.input_channel = kernels_.load_steps ? input_steps : 1;
+        loaded.input_step = kernels_.load_steps ? 1 : in_width_;
         loaded.in_blocks = ceil_div(chunk.in_channels.size(), in_width_);
         loaded.grad = words;
         loaded.input = words + ceil_div(chunk.out_channels.size(), kernels_.block) * loaded.grad_block;
         load_grad(box, chunk.out_channels, loaded.grad, loaded.grad_block);
-        for (int64_t kw = 0; kw < shape_.kernel.w; ++kw)
-            load_input(box, chunk.in_channels, kw,
-                       loaded.input + kw * loaded.in_blocks * loaded.input_block, loaded.input_block);
+        for (int64_t kw = 0; kw < shape_.kernel.w; ++kw) load_input(box, chunk.in_channels, kw, loaded);
         return loaded;
     }
 
     void multiply(const Box& box, const Chunk& chunk, const Words& words, bool add, float* sums,
                   Prefetch& prefetch) const {
-        const int64_t rows = box.images.size() * box.rows.size(), patch = patch_rows(box);
-        std::vector<int64_t> runs(rows);
+        // Rows of an image that are neighbours in the patch are one run.
+        const bool merged = row_step_ > 1 || shape_.stride.h == 1;
+        const int64_t rows = box.rows.size(), patch = patch_rows(box), rows_of_run = merged ? rows : 1;
+        std::vector<int64_t> runs(box.images.size() * rows / rows_of_run);
         MultiplyTile tile{};
-        tile.row_stride = 1;
-        tile.step_stride = in_width_;
+        tile.row_stride = words.input_channel;
+        tile.step_stride = words.input_step;
         tile.runs = runs.data();
-        tile.run_count = rows;
-        tile.steps = words.row_steps;
+        tile.run_count = static_cast<int64_t>(runs.size());
+        tile.steps = rows_of_run * words.row_steps;
         tile.sums_stride = out_chunk_;
         tile.add = add;
         for (int64_t kh = 0; kh < shape_.kernel.h; ++kh) {
-            for (int64_t row = 0; row < rows; ++row) {
-                const int64_t image = row / box.rows.size(), r = row % box.rows.size();
-                const int64_t patch_row = row_step_ > 1 ? r : r * shape_.stride.h + kh * shape_.dilation.h;
-                runs[row] = (image * patch + patch_row) * words.row_steps * in_width_;
+            for (int64_t run = 0; run < tile.run_count; ++run) {
+                const int64_t image = run * rows_of_run / rows, row = run * rows_of_run % rows;
+                const int64_t patch_row =
+                    row_step_ > 1 ? row : row * shape_.stride.h + kh * shape_.dilation.h;
+                runs[run] = (image * patch + patch_row) * words.row_steps * words.input_step;
             }
             for (int64_t kw = 0; kw < shape_.kernel.w; ++kw) {
                 const int64_t tap = kh * shape_.kernel.w + kw;
@@ -123,9 +128,9 @@ class DirectLoop : WeightGradTasks {
                 const int64_t width = std::min(in_width_, chunk.in_channels.size() - m);
                 const int64_t groups = ceil_div(width, kernels_.tile_rows);
                 for (int64_t group = 0; group < groups; ++group) {
-                    const Range channels = part(width, groups, group);
+                    const Range channels = part(width, groups, group, kernels_.row_grain);
                     tile.a = words.input + (kw * words.in_blocks + m / in_width_) * words.input_block +
-                             channels.begin;
+                             channels.begin * words.input_channel;
                     tile.sums = sums + (m + channels.begin) * out_chunk_ + n;
                     tile.rows = static_cast<int>(channels.size());
                     prefetch.step();
@@ -180,7 +185,8 @@ class DirectLoop : WeightGradTasks {
     }
 
     // What one column of the kernel sees.
-    void load_input(const Box& box, Range channels, int64_t kw, float* words, int64_t block_stride) const {
+    void load_input(const Box& box, Range channels, int64_t kw, const Words& loaded) const {
+        float* words = loaded.input + kw * loaded.in_blocks * loaded.input_block;
         PixelRow pixels{};
         pixels.column = box.columns.begin * shape_.stride.w - shape_.padding.w + kw * shape_.dilation.w;
         pixels.column_step = shape_.stride.w;
@@ -191,8 +197,11 @@ class DirectLoop : WeightGradTasks {
                              patch_rows(box)};
         visit_rows(args_.input, args_.dtype, shape_.in, shape_.in_channels, rows, pixels,
                    [&](const PixelRow& row) {
-                       kernels_.load_pixels(row, in_width_, words, block_stride);
-                       words += steps(row.columns) * in_width_;
+                       if (kernels_.load_steps)
+                           kernels_.load_steps(row, words, loaded.input_channel);
+                       else
+                           kernels_.load_pixels(row, in_width_, words, loaded.input_block);
+                       words += loaded.row_steps * loaded.input_step;
                    });
     }
 

@@ -57,6 +57,7 @@ class WeightGradTasks {
             const Range range = part(boxes.count(), parts, task % parts);
             if (range.size() == 0) std::fill_n(sums, chunk_words, 0.0f);
             sum(boxes, range, chunk, words + chunk_words, sums);
+            if (kernels_.release) kernels_.release();
             if (!partial_sums) store(chunk, sums);
         });
         if (!partial_sums) return;

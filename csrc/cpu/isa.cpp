@@ -3,6 +3,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -11,6 +15,37 @@
 #include <stdexcept>
 
 namespace fastres::cpu {
+namespace {
+
+// Whether the processor has tiles of bf16, and the system lets this process use them: Linux wants to be
+// asked, for it has to save 8 KiB more of each thread that does.
+bool amx_is_usable() {
+#if defined(FASTRES_EMULATE_AMX)
+    return true;
+#elif defined(__x86_64__) && defined(__linux__)
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    constexpr unsigned os_saves_state = 1u << 27;                // of ecx, in leaf 1
+    constexpr unsigned bf16_and_tiles = 1u << 22 | 1u << 24;     // of edx, in leaf 7
+    constexpr unsigned saved_tiles = 1u << 17 | 1u << 18;        // of the state that the system saves
+    constexpr long request_permission = 0x1023, tile_data = 18;  // of arch_prctl
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & os_saves_state)) return false;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & bf16_and_tiles) != bf16_and_tiles)
+        return false;
+    unsigned saved = 0, upper = 0;
+    asm volatile("xgetbv" : "=a"(saved), "=d"(upper) : "c"(0));
+    return (saved & saved_tiles) == saved_tiles &&
+           syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return false;
+#endif
+}
+
+bool has_amx() {
+    static const bool usable = amx_is_usable();
+    return usable;
+}
+
+}  // namespace
 
 std::vector<const Kernels*> available_kernels() {
     std::vector<const Kernels*> available{scalar_kernels()};
@@ -21,8 +56,9 @@ std::vector<const Kernels*> available_kernels() {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (avx512_kernels() && avx2 && avx512) available.push_back(avx512_kernels());
-    if (avx512_bf16_kernels() && avx2 && avx512 && __builtin_cpu_supports("avx512bf16"))
-        available.push_back(avx512_bf16_kernels());
+    const bool avx512_bf16 = avx2 && avx512 && __builtin_cpu_supports("avx512bf16");
+    if (avx512_bf16_kernels() && avx512_bf16) available.push_back(avx512_bf16_kernels());
+    if (avx512_amx_kernels() && avx512_bf16 && has_amx()) available.push_back(avx512_amx_kernels());
 #endif
     return available;
 }
@@ -80,16 +116,6 @@ std::atomic<const Kernels*>& current() {
     return chosen;
 }
 
-bool has_amx_bf16() {
-#if defined(__x86_64__)
-    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-    constexpr unsigned amx_bf16 = 1u << 22;  // of edx, in leaf 7
-    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & amx_bf16);
-#else
-    return false;
-#endif
-}
-
 }  // namespace
 
 std::vector<std::string> available_isas() {
@@ -103,9 +129,9 @@ const Kernels& kernels() {
 }
 
 const ConvKernels* convolution_kernels(Dtype dtype) {
-    // PyTorch multiplies bf16 with AMX where that is to be had, and no unit of ours does so yet.
-    static const bool amx = has_amx_bf16();
-    if (dtype == Dtype::bf16 && amx) return nullptr;
+    // PyTorch multiplies bf16 with AMX where that is to be had, also where our compiler had no word for it.
+    static const bool amx_elsewhere = !avx512_amx_kernels() && has_amx();
+    if (dtype == Dtype::bf16 && amx_elsewhere) return nullptr;
     return kernels().convolution[static_cast<int>(dtype)];
 }
 

@@ -132,5 +132,6 @@ const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512_bf16_kernels();
+const Kernels* avx512_amx_kernels();
 
 }  // namespace fastres::cpu

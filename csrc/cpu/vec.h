@@ -5,8 +5,9 @@
 // AVX-512. Only what the language has no word for is intrinsics: half-precision conversion and streaming
 // stores.
 //
-// FASTRES_ISA names the unit (scalar, avx2, avx512) and its namespace, so that the linker never mixes code
-// that was compiled for different instruction sets; for the same reason nothing here uses std:: templates.
+// FASTRES_ISA names the unit (scalar, avx2, avx512, ...) and its namespace, so that the linker never mixes
+// code that was compiled for different instruction sets; for the same reason nothing here uses std::
+// templates.
 #pragma once
 
 #include <cstdint>
