@@ -27,6 +27,8 @@ _LEAST_CHANNELS = 32
 # Of images alone, in float32, ours takes 20 ms where PyTorch's takes 32, at batch 16, 224x224; not so the
 # gradient of its weight, and not at batch 1, nor in bf16.
 _MOST_IMAGE_CHANNELS, _MANY_VALUES = 4, 2**22
+# Whose speed no machine has told yet: PyTorch's run unless the layer was measured, see fastres.tuning.
+untimed = {("avx512_amx", torch.bfloat16)}
 # In training the batch norm of one value is an error, and of a few leaves little but rounding errors; in
 # evaluation PyTorch's sums for fewer pixels have half of our rounding errors.
 _LEAST_PIXELS = 8
@@ -93,6 +95,8 @@ def covered(
 
 def expected_faster(by: Geometry, input: Tensor, weight: Tensor, needs_grad: bool) -> bool:
     """Whether our convolution is, as a rule, faster than PyTorch's."""
+    if (_C.cpu_isa(), compute_dtype(input)) in untimed:
+        return False
     batch, channels, height, width = by.output_size(input, weight)
     values, in_channels = batch * channels * height * width, weight.size(1)
     if min(channels, in_channels) >= _LEAST_CHANNELS or values <= kernels.few_values:
