@@ -2,7 +2,7 @@
 //     moments     input -> two sums a channel and slice
 //     statistics  sums -> mean, rstd, running statistics                          (one value a channel)
 //     apply       input [, residual] -> output
-// In evaluation apply runs alone.
+// In evaluation apply runs alone. A tensor that fits on the chip goes to batch_norm_forward_on_chip.cu.
 #include <type_traits>
 
 #include "cuda/batch_norm.h"
@@ -139,6 +139,7 @@ void with_input(const BnForward& args, bool aligned, const Body& body) {
 void batch_norm(const BnForward& args, void* workspace, Stream stream) {
     with_input(args, vector_aligned({args.input, args.residual, args.output}),
                [&](auto access, auto channels_last) {
+                   if (batch_norm_on_chip(args, workspace, stream)) return;
                    run<decltype(access), channels_last.value>(args, workspace, stream);
                });
 }

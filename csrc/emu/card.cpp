@@ -68,7 +68,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
             *value = fastres::emu::kMultiprocessors;
             break;
         case cudaDevAttrCooperativeLaunch:
-            *value = 1;
+            *value = held_blocks > 0;
             break;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin:
             *value = kSharedBytes - kReservedBytes;

@@ -33,7 +33,7 @@ void allow([[maybe_unused]] const char* at, [[maybe_unused]] std::size_t bytes) 
 }  // namespace
 
 SharedMemory::SharedMemory(std::size_t dynamic_bytes)
-    : bytes_(dynamic_bytes + kStaticBytes + (kMostArrays + 1) * (kZone + kAlignment)),
+    : bytes_(dynamic_bytes + kStaticBytes + (kMostArrays + 1) * (2 * kZone + kAlignment)),
       dynamic_bytes_(dynamic_bytes) {}
 
 SharedMemory::~SharedMemory() {
@@ -41,8 +41,6 @@ SharedMemory::~SharedMemory() {
 }
 
 void SharedMemory::begin() {
-    allow(bytes_.data(), bytes_.size());
-    std::fill(bytes_.begin(), bytes_.end(), kUntouched);
     forbid(bytes_.data(), bytes_.size());
     arrays_.clear();
     add(nullptr, dynamic_bytes_);
@@ -60,38 +58,34 @@ char* SharedMemory::array(const void* key, std::size_t bytes) {
 }
 
 void SharedMemory::add(const void* key, std::size_t bytes) {
-    const std::size_t behind = arrays_.empty() ? 0 : arrays_.back().offset + arrays_.back().bytes;
+    const std::size_t behind = arrays_.empty() ? 0 : arrays_.back().offset + arrays_.back().bytes + kZone;
     const auto address = reinterpret_cast<std::size_t>(bytes_.data()) + behind + kZone;
     const std::size_t offset = behind + kZone + (kAlignment - address % kAlignment) % kAlignment;
     arrays_.push_back({key, offset, bytes});
-    allow(&bytes_[offset], bytes);
+    allow(&bytes_[offset - kZone], bytes + 2 * kZone);
+    std::memset(&bytes_[offset - kZone], kUntouched, kZone);
     std::memset(&bytes_[offset], kNaN, bytes);
+    std::memset(&bytes_[offset + bytes], kUntouched, kZone);
+    forbid(&bytes_[offset - kZone], kZone);
+    forbid(&bytes_[offset + bytes], kZone);
 }
 
 void SharedMemory::check() const {
 #if !defined(__SANITIZE_ADDRESS__)
-    std::size_t zone = 0;
-    const auto check_to = [&](std::size_t end) {
-        const auto touched = std::find_if(bytes_.begin() + static_cast<std::ptrdiff_t>(zone),
-                                          bytes_.begin() + static_cast<std::ptrdiff_t>(end),
-                                          [](char byte) { return byte != kUntouched; });
-        const auto at = static_cast<std::size_t>(touched - bytes_.begin());
-        if (at == end) return;
-        const Array* before = nullptr;
-        for (const Array& array : arrays_)
-            if (array.offset + array.bytes <= at) before = &array;
-        throw std::runtime_error(
-            before == nullptr
-                ? "wrote before its dynamic shared memory"
-                : "wrote " + std::to_string(at - before->offset - before->bytes) + " bytes past " +
-                      (before->key ? "a shared array of " : "its dynamic shared memory of ") +
-                      std::to_string(before->bytes) + " bytes");
+    static const std::vector<char> untouched(kZone, kUntouched);
+    const auto distance = [&](std::size_t zone) {
+        return static_cast<std::size_t>(
+            std::mismatch(untouched.begin(), untouched.end(), &bytes_[zone]).first - untouched.begin());
     };
     for (const Array& array : arrays_) {
-        check_to(array.offset);
-        zone = array.offset + array.bytes;
+        const std::string what = (array.key ? "a shared array of " : "its dynamic shared memory of ") +
+                                 std::to_string(array.bytes) + " bytes";
+        const std::size_t behind = array.offset + array.bytes;
+        if (std::memcmp(&bytes_[behind], untouched.data(), kZone) != 0)
+            throw std::runtime_error("wrote " + std::to_string(distance(behind)) + " bytes past " + what);
+        if (std::memcmp(&bytes_[array.offset - kZone], untouched.data(), kZone) != 0)
+            throw std::runtime_error("wrote before " + what);
     }
-    check_to(bytes_.size());
 #endif
 }
 
