@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one run: build, tests, compute-sanitizer, benchmarks, and a table last.
 #
-#   benchmarks/gpu.sh [--quick] [--dry-run]
+#   benchmarks/gpu.sh [--quick] [--tune] [--dry-run]
 #
 #   --quick    without torch.compile and with fewer shapes: at most 4 minutes, else at most 9 (on 16 cores)
+#   --tune     in place of all but the build: batch norm in one launch against two, by size of tensor, into
+#              <card>-<date>-tune.json; at most 9 minutes
 #   --dry-run  what a machine without a GPU can do, and what such a machine does anyway: compile for sm_90a,
 #              report each kernel's registers and spills, and run every command line on the CPU at toy sizes
 #
@@ -13,17 +15,18 @@
 # Needs bash 5, nvcc and compute-sanitizer.
 set -euo pipefail
 
-quick='' dry_run=''
+quick='' tune='' dry_run=''
 for word in "$@"; do
     case $word in
         --quick) quick=yes ;;
+        --tune) tune=yes ;;
         --dry-run) dry_run=yes ;;
         -h | --help)
             sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0"
             exit
             ;;
         *)
-            echo "gpu.sh: unknown argument '$word'; there are --quick, --dry-run and --help" >&2
+            echo "gpu.sh: unknown argument '$word'; there are --quick, --tune, --dry-run and --help" >&2
             exit 2
             ;;
     esac
@@ -118,6 +121,18 @@ rm -f build/*/CMakeFiles/_C.dir/csrc/cuda/*.o fastres/_C*.so
 start build 240 env FASTRES_CUDA=on FASTRES_CUDA_ARCHS="$architecture" \
     NVCC_APPEND_FLAGS='-Xptxas=-v -lineinfo' "$python" setup.py -q build_ext --inplace
 finish build
+if [[ -n $tune ]]; then
+    tuning=("$python" benchmarks/tune.py --device cuda --json "$output-tune.json")
+    if [[ -n $dry_run ]]; then
+        passed=checked
+        tuning+=(--device cpu --batches 1 --dtypes fp32 --seconds 0.01)
+    fi
+    start tune 500 "${tuning[@]}"
+    finish tune
+    sed -n '2,$p' "$scratch/tune.log"
+    [[ -z $failed ]]
+    exit
+fi
 start doctor 60 "$python" -m fastres doctor
 finish doctor
 

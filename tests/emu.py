@@ -105,6 +105,7 @@ def library() -> ctypes.CDLL:
         "bn_max_pool_backward": [POINTER(BnMaxPoolBackward), c_void_p],
         "add_relu": [POINTER(AddRelu)],
         "add_relu_backward": [POINTER(AddReluBackward)],
+        "use_on_chip": [c_int],
     }.items():
         function = getattr(lib, f"fastres_emu_{name}")
         function.restype, function.argtypes = c_char_p, args
@@ -114,6 +115,21 @@ def library() -> ctypes.CDLL:
 def set_schedule(descending: bool) -> None:
     """Choose the order in which the threads of a block run between barriers."""
     library().fastres_emu_set_schedule(int(descending))
+
+
+def use_on_chip(blocks: int) -> None:
+    """Choose how many blocks on a multiprocessor keep tensors between two passes; 0: none does."""
+    _call("use_on_chip", blocks)
+
+
+def hold_blocks(blocks: int) -> None:
+    """Let the card hold so many blocks of a cooperative launch, at most 4; 0: it has no such launch."""
+    library().fastres_emu_hold_blocks(blocks)
+
+
+def cooperative_launches() -> int:
+    """How many there have been."""
+    return library().fastres_emu_cooperative_launches()
 
 
 def _call(name: str, *args) -> None:

@@ -21,7 +21,24 @@ SHAPES = [
     (2, 32, 24, 48),
     (3, 2, 96, 100),
 ]
+# What fits on the emulated chip: part of a tile; several groups; more tiles than blocks; several slices.
+ON_CHIP = [
+    ((2, 64, 7, 7), torch.channels_last),
+    ((1, 16, 8, 8), torch.channels_last),
+    ((2, 32, 24, 20), torch.channels_last),
+    ((1, 200, 2, 4), torch.channels_last),
+    ((2, 4, 12, 16), torch.contiguous_format),
+    ((2, 5, 48, 48), torch.contiguous_format),
+]
 FIRST_SEED = 20240607
+
+
+@pytest.fixture(params=[0, 1], ids=["two_launches", "on_chip"])
+def each_way(request):
+    """Training reads its tensors twice; or once, where they fit on the chip."""
+    emu.use_on_chip(request.param)
+    yield
+    emu.use_on_chip(1)
 
 
 def random(shape, dtype, layout, generator, mean=0.3, std=1.5):
@@ -141,7 +158,25 @@ def check(*args, prepare=lambda case: None, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("residual", [False, True], ids=["bn_relu", "bn_add_relu"])
 def test_training_is_as_exact_as_stock(shape, layout, dtype, residual):
-    check(shape, dtype, layout, residual=residual)
+    emu.use_on_chip(0)
+    try:
+        check(shape, dtype, layout, residual=residual)
+    finally:
+        emu.use_on_chip(1)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("shape, layout", ON_CHIP, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("residual", [False, True], ids=["bn_relu", "bn_add_relu"])
+def test_training_on_chip_is_as_exact_as_stock(shape, layout, dtype, residual, blocks):
+    before = emu.cooperative_launches()
+    emu.use_on_chip(blocks)
+    try:
+        check(shape, dtype, layout, residual=residual)
+    finally:
+        emu.use_on_chip(1)
+    assert emu.cooperative_launches() > before
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[3]], ids=str)
@@ -152,6 +187,7 @@ def test_evaluation_is_as_exact_as_stock(shape, layout, dtype, residual):
     check(shape, dtype, layout, residual=residual, training=False)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -166,17 +202,20 @@ def test_unaligned_memory(dtype, layout, residual):
     check((2, 32, 4, 8), dtype, layout, residual=residual, prepare=Case.shift_storage)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("parameters", [torch.bfloat16, torch.float16], ids=str)
 def test_parameters_in_half_precision(parameters, layout):
     check((3, 16, 6, 8), parameters, layout, residual=True, parameters=parameters)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_mean_far_from_zero(layout):
     check((4, 32, 12, 12), torch.float32, layout, residual=False, mean=3e3)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("where", [(0, 0, 0), (3, 5, 5)], ids=["first", "inside"])
 def test_outlier_spoils_no_statistics(layout, where):
@@ -190,6 +229,7 @@ def test_outlier_spoils_no_statistics(layout, where):
     )
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_no_parameters_and_no_running_statistics(layout):
     generator = torch.Generator().manual_seed(FIRST_SEED)
@@ -204,6 +244,7 @@ def test_no_parameters_and_no_running_statistics(layout):
     assert (grads[0] - expected).abs().max() < 1e-6
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -243,6 +284,7 @@ def test_gradient_stops_where_the_output_was_stored_as_zero(dtype):
     assert (output[0, :, 0, 0] > 0).tolist() == [False, False, True, True, False, False]
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_same_bits_in_any_order_of_threads(layout):
     case = Case((2, 96, 17, 16), torch.bfloat16, layout, residual=True)
@@ -254,6 +296,52 @@ def test_same_bits_in_any_order_of_threads(layout):
         emu.set_schedule(descending=False)
     for a, b in zip([*first[0].values(), *first[1]], [*second[0].values(), *second[1]], strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "shape, layout, launches",
+    [
+        ((2, 64, 8, 8), torch.channels_last, 2),
+        ((2, 4, 8, 8), torch.contiguous_format, 2),
+        ((1, 520, 2, 4), torch.channels_last, 2),  # more tiles than blocks
+        (
+            (2, 32, 24, 48),
+            torch.channels_last,
+            1,
+        ),  # 288 kB: one tensor fits, the backward pass's two do not
+        ((4, 32, 24, 48), torch.channels_last, 0),
+        ((2, 30, 8, 8), torch.channels_last, 0),  # no whole vectors
+    ],
+    ids=str,
+)
+def test_one_launch_where_all_fits_on_the_chip(shape, layout, launches):
+    before = emu.cooperative_launches()
+    Case(shape, torch.float32, layout, residual=False).ours()
+    assert emu.cooperative_launches() - before == launches
+    emu.use_on_chip(0)
+    try:
+        Case(shape, torch.float32, layout, residual=False).ours()
+    finally:
+        emu.use_on_chip(1)
+    assert emu.cooperative_launches() - before == launches
+
+
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_a_card_that_holds_fewer_blocks_launches_twice(blocks):
+    case = Case((2, 64, 8, 8), torch.float32, torch.channels_last, residual=True)
+    emu.hold_blocks(blocks)
+    try:
+        before = emu.cooperative_launches()
+        case.add_errors(errors := Errors())
+        assert emu.cooperative_launches() == before
+    finally:
+        emu.hold_blocks(4)
+    errors.check()
+
+
+def test_blocks_a_multiprocessor_have_a_bound():
+    with pytest.raises(RuntimeError, match="blocks_a_multiprocessor is 3, expected 0 to 2"):
+        emu.use_on_chip(3)
 
 
 def test_empty_batch():
@@ -294,6 +382,7 @@ def test_add_relu_equals_stock(dtype, size, aligned):
     assert torch.equal(emu.add_relu_backward(grad, output), expected)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -118,6 +119,21 @@ def test_without_a_gpu_it_is_a_dry_run(tree):
     log = (tree / "build" / "gpu-dry-run.log").read_text()
     assert "--model resnet18 --mode infer" in log and "--device cpu --model cifar_resnet20" in log
     assert not list((tree / "out").iterdir())  # where measurements go
+
+
+def test_tuning_builds_and_tunes_and_does_nothing_else(tree):
+    done = run(tree, "--tune")
+    assert done.returncode == 0, done.stdout
+    logs = {path.stem for path in (tree / "build" / "gpu").glob("*.log")}
+    assert logs == {"build", "tune"}
+    assert re.search(r"tune.py --device cuda --json \S+/out/some-gpu-[\d-]+-tune.json\n", done.stdout)
+
+
+def test_tuning_without_a_gpu_is_a_dry_run(tree):
+    (tree / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    done = run(tree, "--tune")
+    assert done.returncode == 0 and "checked" in done.stdout, done.stdout
+    assert "/build/gpu-dry-run-tune.json --device cpu" in done.stdout
 
 
 def test_an_unknown_argument_gets_a_sentence(tree):

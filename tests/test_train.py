@@ -18,6 +18,7 @@ from torch.utils.data import Subset, TensorDataset
 
 from fastres import cli
 from fastres.train import checkpoint, command, data, loop, report
+from fastres.train.graph import GraphedStep
 
 SETTINGS = dict(arch="cifar_resnet20", epochs=3, batch_size=16, lr=0.05)
 
@@ -111,6 +112,60 @@ def test_stock_layers_train_alike(few, tmp_path):
         run.train()
         losses.append(run.epochs[0].loss)
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+class RunAgain:
+    """In place of CUDA graphs: what was captured is run once more, with what its inputs then hold."""
+
+    def __init__(self):
+        self.aside = self.captured = self.replayed = 0
+
+    def run_aside(self, run):
+        self.aside += 1
+        return run()
+
+    def capture(self, run):
+        self.captured += 1
+
+        def replay():
+            self.replayed += 1
+            return run()
+
+        return replay
+
+
+def test_a_captured_step_is_replayed_on_each_whole_batch(few, tmp_path):
+    settings = loop.Settings(**SETTINGS | dict(batch_size=20), cuda_graph=True)  # 20, 20 and 8 images
+    plain, graphed = (loop.Run(settings, few, tmp_path / name) for name in ("plain", "graphed"))
+    plain._step = plain._train_step
+    graphs = RunAgain()
+    graphed._step = GraphedStep(graphed._train_step, graphs)
+    for run in (plain, graphed):
+        torch.manual_seed(1)
+        run.train()
+    assert (graphs.aside, graphs.captured, graphs.replayed) == (3, 1, 3)
+    assert torch.equal(weights(plain), weights(graphed))
+    assert [epoch.loss for epoch in plain.epochs] == [epoch.loss for epoch in graphed.epochs]
+
+
+def test_a_run_with_a_graph_continues_without(few, tmp_path):
+    settings = loop.Settings(**SETTINGS, cuda_graph=True)
+    graphed = loop.Run(settings, few, tmp_path)
+    graphed._step = GraphedStep(graphed._train_step, RunAgain())
+    graphed.train()
+    plain = loop.Run(dataclasses.replace(settings, cuda_graph=False), few, tmp_path)
+    plain.resume()
+    assert torch.equal(weights(plain), weights(graphed))
+    plain._train_epoch(0, None)
+    assert all(isinstance(group["lr"], float) for group in plain.optimizer.param_groups)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_trains_with_a_cuda_graph(tmp_path, capsys):
+    arguments = f"train --device cuda --cuda-graph --epochs 2 --out {tmp_path}/run"
+    assert cli.main(arguments.split()) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("held-out accuracy ")
 
 
 def test_files_of_a_run(few, tmp_path):
@@ -246,6 +301,7 @@ BAD = {
     "--arch RESNET5O": "there is no such model; did you mean resnet50?",
     "--device tpu9": "--device tpu9: expected cpu or cuda",
     "--device meta": "--device meta: expected cpu or cuda",
+    "--device cpu --cuda-graph": "--cuda-graph needs --device cuda, this run is on cpu",
     "--device cuda:x": "--device cuda:x cannot be used: ",
     "--seed -1": "--seed -1: expected 0 to 2**32-1",
     "--seed 4294967296": "--seed 4294967296: expected 0 to 2**32-1",

@@ -10,6 +10,7 @@
 #include "cpu/isa.h"
 #include "cpu/memory_pool.h"
 #if defined(FASTRES_CUDA)
+#include "cuda/batch_norm.h"
 #include "cuda/kernel_list.h"
 #endif
 
@@ -86,6 +87,11 @@ PYBIND11_MODULE(_C, module) {
     module.def("use_winograd", &use_winograd, py::arg("where"),
                "Multiply 3x3 convolutions of float32 and float16 by Winograd's algorithm where that is "
                "'faster', as at first, wherever it is 'possible', or 'never'.");
+#if defined(FASTRES_CUDA)
+    module.def("use_on_chip", &fastres::cuda::use_on_chip, py::arg("blocks_a_multiprocessor"),
+               "Train batch norms whose tensors fit into a GPU's shared memory in one launch of 1 block a "
+               "multiprocessor, as at first, or of 2; or none of them so: 0.");
+#endif
     module.def(
         "keep_memory", &fastres::bindings::keep_memory, py::arg("keep"),
         "Whether large results of CPU kernels come from memory that is kept; tells whether they did.");

@@ -4,7 +4,8 @@
 // Passes over memory. Forward, training: input twice, output once; evaluation: each once. Backward,
 // training: grad and input twice, grad_input once; evaluation: each once. A residual adds itself to the
 // forward pass, and output and grad_residual to the first pass of the backward; the second then reads
-// grad_residual in place of grad.
+// grad_residual in place of grad. What is read twice is read once in one launch where it fits on the chip:
+// see on_chip.h.
 #pragma once
 
 #include "core/batch_norm.h"
@@ -27,5 +28,14 @@ void batch_norm_statistics(const BnForward& args, void* workspace, Stream stream
 // As above. In training, args.output (a mask from the stored output) needs args.grad_residual, which
 // carries the masked gradient from the first pass to the second.
 void batch_norm_backward(const BnBackward& args, void* workspace, Stream stream);
+
+// In one launch that reads each tensor once. False, and nothing is launched, where that is not possible;
+// the two above begin with these.
+bool batch_norm_on_chip(const BnForward& args, void* workspace, Stream stream);
+bool batch_norm_backward_on_chip(const BnBackward& args, void* workspace, Stream stream);
+
+// Blocks that such a launch has on each multiprocessor, which share its memory: 1 (as at first), 2, or 0
+// for no such launch. Throws std::invalid_argument for others.
+void use_on_chip(int blocks_a_multiprocessor);
 
 }  // namespace fastres::cuda

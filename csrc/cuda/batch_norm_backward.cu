@@ -17,7 +17,7 @@ void batch_norm_backward(const BnBackward& args, void* workspace, Stream stream)
     with_access(args.shape.dtype, vectors, [&](auto access) {
         using A = decltype(access);
         using T = typename A::Element;
-        if (args.shape.channels == 0) return;
+        if (args.shape.channels == 0 || batch_norm_backward_on_chip(args, workspace, stream)) return;
         const bool masked = args.grad_residual != nullptr;
         const StoredGrad<T> grad{static_cast<const T*>(args.grad)};
         const StoredGrad<T> after{static_cast<const T*>(masked ? args.grad_residual : args.grad)};

@@ -10,16 +10,11 @@
 // Where `grad` comes from is a parameter: Source::load(offset, Pack&) gives what lies at an element.
 #pragma once
 
-#include <limits>
-
-#include "core/bn_math.h"
 #include "cuda/batch_norm.h"
-#include "cuda/channel_vector.cuh"
+#include "cuda/batch_norm_gradient.cuh"
 #include "cuda/kernel_list.h"
-#include "cuda/partial_sums.cuh"
 #include "cuda/storage.cuh"
 #include "cuda/sweep.cuh"
-#include "cuda/tile_coefficients.cuh"
 
 namespace fastres::cuda {
 
@@ -44,16 +39,8 @@ struct Coefficients {
     float* slope;      // [channels]
 };
 
-// ReLU blocks the gradient of what lies up to a bound, and lets NaN's pass. Nothing lies up to this bound.
-inline constexpr float kBlocksNothing = std::numeric_limits<float>::quiet_NaN();
-
-template <class T>
-inline constexpr float kStoredAsZero = bn_math::largest_stored_as_zero(Storage<T>::dtype);
-
-__device__ __forceinline__ ForwardMap saved_map(const BnBackward& args, int64_t channel) {
-    return forward_map(args.weight, args.bias, channel, static_cast<const float*>(args.save_mean)[channel],
-                       static_cast<const float*>(args.save_rstd)[channel]);
-}
+// ---------------------------------------------------------------------------------------------------------
+// kernels
 
 template <class T, int width, bool channels_last, bool mask_from_output, class Source>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)
@@ -67,13 +54,9 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     const float blocked = mask_from_output ? 0.0f : args.relu ? kStoredAsZero<T> : kBlocksNothing;
     for (int64_t unit = blockIdx.x; unit < sweep.units(); unit += gridDim.x) {
         float map[3][channels];  // mean, scale, shift
-        tile_coefficients<3, channels, channels_last>(sweep, unit, map, [&](int64_t c, float (&values)[3]) {
-            const ForwardMap forward = saved_map(args, c);
-            values[0] = forward.mean;
-            values[1] = forward.scale;
-            values[2] = forward.shift;
-        });
-        float sum_grad[channels] = {}, dot[channels] = {};
+        tile_coefficients<3, channels, kMostLanes<channels_last>>(
+            sweep, unit, map, [&](int64_t c, float (&values)[3]) { saved_map(args, c).put_first(values); });
+        GradientSums<channels> sums;
         for_each_group<width, channels_last, unroll, Order::forwards>(
             sweep, sweep.slice(unit), first_channel<channels>(sweep, sweep.tile(unit)),
             [&](const Group<unroll>& group) {
@@ -88,51 +71,30 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
 #pragma unroll
                 for (int i = 0; i < unroll; ++i) {
                     if (i >= group.valid) continue;
-                    float grads[channels] = {}, products[channels] = {};
+                    sums.template mask_and_add<mask_from_output>(dz[i], y[i], z[i], map, blocked);
+                    if (grad_residual) dz[i].store(grad_residual + group.offset[i]);
+                    if (!grad_input) continue;
                     Pack<T, width> scaled;
 #pragma unroll
-                    for (int v = 0; v < width; ++v) {
-                        const int k = v % channels;
-                        const float deviation = y[i][v] - map[0][k];
-                        const float above =
-                            mask_from_output ? z[i][v] : normalize(deviation, map[1][k], map[2][k]);
-                        const float g = above <= blocked ? 0.0f : dz[i][v];
-                        grads[k] += g;
-                        products[k] += g * deviation;
-                        dz[i].set(v, g);
-                        scaled.set(v, g * map[1][k]);
-                    }
-                    if (grad_residual) dz[i].store(grad_residual + group.offset[i]);
-                    if (grad_input) scaled.store(grad_input + group.offset[i]);
-#pragma unroll
-                    for (int k = 0; k < channels; ++k) {
-                        sum_grad[k] += grads[k];
-                        dot[k] += products[k];
-                    }
+                    for (int v = 0; v < width; ++v) scaled.set(v, dz[i][v] * map[1][v % channels]);
+                    scaled.store(grad_input + group.offset[i]);
                 }
             });
-        double sums[2 * channels];
-#pragma unroll
-        for (int k = 0; k < channels; ++k) {
-            sums[k] = sum_grad[k];
-            sums[channels + k] = dot[k];
-        }
-        store_partial_sums<channels, channels_last>(sweep, unit, sums, partials);
+        double widened[2 * channels];
+        sums.widened(widened);
+        store_partial_sums<channels, kMostLanes<channels_last>>(sweep, unit, widened, partials);
     }
 }
 
 static __global__ void __launch_bounds__(kThreads)
     parameter_grad(BnBackward args, const double* partials, int64_t slices, Coefficients coefficients) {
-    const TwoSums sums = total_sums(partials, slices, args.shape.channels);
-    const int64_t channel = int64_t{blockIdx.x} * kFinalChannels + threadIdx.x;
+    const int64_t first = int64_t{blockIdx.x} * kFinalChannels;
+    const TwoSums sums = total_sums<kFinalChannels>(partials, slices, args.shape.channels, first);
+    const int64_t channel = first + threadIdx.x;
     if (threadIdx.x >= kFinalChannels || channel >= args.shape.channels) return;
-    const auto k = bn_math::backward_coefficients<double>(
-        read(args.weight, channel, 1.0f), static_cast<const float*>(args.save_rstd)[channel], sums.first,
-        sums.second, static_cast<double>(args.shape.batch * args.shape.pixels), args.training);
-    static_cast<float*>(args.grad_weight)[channel] = static_cast<float>(k.dgamma);
-    static_cast<float*>(args.grad_bias)[channel] = static_cast<float>(k.dbeta);
-    coefficients.mean_grad[channel] = static_cast<float>(k.mean_grad);
-    coefficients.slope[channel] = static_cast<float>(k.slope);
+    const GradientCoefficients found = gradient_coefficients(args, channel, sums, true);
+    coefficients.mean_grad[channel] = found.mean_grad;
+    coefficients.slope[channel] = found.slope;
 }
 
 template <class T, int width, bool channels_last, class Source>
@@ -145,14 +107,12 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     const float blocked = args.relu && !masked_already ? kStoredAsZero<T> : kBlocksNothing;
     for (int64_t unit = blockIdx.x; unit < sweep.units(); unit += gridDim.x) {
         float map[5][channels];  // mean, scale, shift, mean_grad, slope
-        tile_coefficients<5, channels, channels_last>(sweep, unit, map, [&](int64_t c, float (&values)[5]) {
-            const ForwardMap forward = saved_map(args, c);
-            values[0] = forward.mean;
-            values[1] = forward.scale;
-            values[2] = forward.shift;
-            values[3] = coefficients.mean_grad[c];
-            values[4] = coefficients.slope[c];
-        });
+        tile_coefficients<5, channels, kMostLanes<channels_last>>(sweep, unit, map,
+                                                                  [&](int64_t c, float (&values)[5]) {
+                                                                      saved_map(args, c).put_first(values);
+                                                                      values[3] = coefficients.mean_grad[c];
+                                                                      values[4] = coefficients.slope[c];
+                                                                  });
         for_each_group<width, channels_last, unroll, Order::backwards>(
             sweep, sweep.slice(unit), first_channel<channels>(sweep, sweep.tile(unit)),
             [&](const Group<unroll>& group) {
@@ -173,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
                         const float deviation = y[i][v] - map[0][k];
                         const float above = normalize(deviation, map[1][k], map[2][k]);
                         const float g = above <= blocked ? 0.0f : dz[i][v];
-                        dy.set(v, map[1][k] * (g - map[3][k] - deviation * map[4][k]));
+                        dy.set(v, input_gradient(g, deviation, map, k));
                     }
                     dy.store(grad_input + group.offset[i]);
                 }
@@ -205,7 +165,7 @@ void run(const BnBackward& args, const Source& grad, const Source& after, bool m
     }
     static_assert(Source::unroll - Source::behind_residual >= kLeastUnroll);
     const int64_t first_resident = resident_blocks(reinterpret_cast<const void*>(first));
-    const Sweep sweep = sweep_of(shape, width, unroll, first_resident);
+    const Sweep sweep = sweep_for(shape, width, unroll, first_resident);
     launch(kernel::kReduce, first, std::min(sweep.units(), first_resident), stream, sweep, args, grad,
            partials);
     launch(kernel::kParameterGrad, parameter_grad, final_blocks(shape.channels), stream, args, partials,
@@ -214,7 +174,7 @@ void run(const BnBackward& args, const Source& grad, const Source& after, bool m
 
     const auto second = input_grad<T, width, channels_last, Source>;
     const int64_t second_resident = resident_blocks(reinterpret_cast<const void*>(second));
-    const Sweep back = sweep_of(shape, width, Source::unroll, second_resident);
+    const Sweep back = sweep_for(shape, width, Source::unroll, second_resident);
     launch(kernel::kInputGrad, second, std::min(back.units(), second_resident), stream, back, args, after,
            masked_already, coefficients);
 }

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -64,13 +65,38 @@ int64_t most_resident_blocks() {
     });
 }
 
-void check_launch(cudaError_t status, const char* name, int64_t blocks) {
+Room room_of(const void* kernel, int a_multiprocessor) {
+    const int64_t own_bytes = remembered(kernel, [&](int device) {
+        cudaFuncAttributes attributes{};
+        check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+        const auto bytes = static_cast<int>(attributes.sharedSizeBytes);
+        const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - bytes;
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+              "cudaFuncSetAttribute");
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                   cudaSharedmemCarveoutMaxShared),
+              "cudaFuncSetAttribute");
+        return int64_t{bytes};
+    });
+    const int device = current_device();
+    if (attribute(cudaDevAttrCooperativeLaunch, device) == 0) return {0, 0};
+    const int64_t share =
+        attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) / a_multiprocessor -
+        attribute(cudaDevAttrReservedSharedMemoryPerBlock, device);
+    const int64_t a_block =
+        std::min<int64_t>(share, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return {int64_t{attribute(cudaDevAttrMultiProcessorCount, device)} * a_multiprocessor,
+            a_block - own_bytes};
+}
+
+void check_launch(cudaError_t status, const char* name, int64_t blocks, int64_t dynamic_bytes) {
     const cudaError_t pending = cudaGetLastError();
     if (status == cudaSuccess) status = pending;
     if (status == cudaSuccess) return;
     throw std::runtime_error("fastres: kernel " + std::string(name) + " failed to launch with grid " +
                              std::to_string(blocks) + ", block " + std::to_string(kThreads) +
-                             ", dynamic shared memory 0: " + cudaGetErrorString(status));
+                             ", dynamic shared memory " + std::to_string(dynamic_bytes) + ": " +
+                             cudaGetErrorString(status));
 }
 
 }  // namespace fastres::cuda

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #include "cuda/stream.h"
@@ -22,17 +23,51 @@ int64_t resident_blocks(const void* kernel);
 // The same for a kernel that nothing but its threads limits: no kernel has more.
 int64_t most_resident_blocks();
 
-// Throws std::runtime_error that names the kernel and its launch shape.
-void check_launch(cudaError_t status, const char* name, int64_t blocks);
+// For a launch of which `a_multiprocessor` blocks lie on each multiprocessor: the blocks in all, and the
+// bytes of dynamic shared memory of each, which `kernel` may ask for from then on. None where the device
+// has no cooperative launch.
+struct Room {
+    int64_t blocks, dynamic_bytes;
+};
+Room room_of(const void* kernel, int a_multiprocessor);
 
-template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, Stream stream,
-            const Arguments&... arguments) {
+// Throws std::runtime_error that names the kernel and its launch shape.
+void check_launch(cudaError_t status, const char* name, int64_t blocks, int64_t dynamic_bytes = 0);
+
+inline cudaLaunchConfig_t launch_config(int64_t blocks, Stream stream) {
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(blocks));
     config.blockDim = dim3(kThreads);
     config.stream = stream;
+    return config;
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, Stream stream,
+            const Arguments&... arguments) {
+    const cudaLaunchConfig_t config = launch_config(blocks, stream);
     check_launch(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name, blocks);
+}
+
+// A launch whose blocks run all at a time, so that they can wait for each other. False, and nothing is
+// launched, where the device holds fewer at present than it has multiprocessors for, as on a part of it.
+template <class... Parameters, class... Arguments>
+bool launch_together(const char* name, void (*kernel)(Parameters...), int64_t blocks, int64_t dynamic_bytes,
+                     Stream stream, const Arguments&... arguments) {
+    cudaLaunchConfig_t config = launch_config(blocks, stream);
+    config.dynamicSmemBytes = static_cast<std::size_t>(dynamic_bytes);
+    cudaLaunchAttribute cooperative{};
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = 1;
+    config.attrs = &cooperative;
+    config.numAttrs = 1;
+    const cudaError_t status = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+    if (status == cudaErrorCooperativeLaunchTooLarge) {
+        cudaGetLastError();  // clears it
+        return false;
+    }
+    check_launch(status, name, blocks, dynamic_bytes);
+    return true;
 }
 
 }  // namespace fastres::cuda

@@ -26,11 +26,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     const int kernel_w = side > 0 ? side : static_cast<int>(pool.kernel.w);
     for (int64_t unit = blockIdx.x; unit < sweep.units(); unit += gridDim.x) {
         float map[3][width];  // mean, scale, shift
-        tile_coefficients<3, width, true>(sweep, unit, map, [&](int64_t c, float (&values)[3]) {
-            const ForwardMap forward = map_to_apply(args.norm, c, sweep.slice(unit) == 0);
-            values[0] = forward.mean;
-            values[1] = forward.scale;
-            values[2] = forward.shift;
+        tile_coefficients<3, width, kMostLanes<true>>(sweep, unit, map, [&](int64_t c, float (&values)[3]) {
+            map_to_apply(args.norm, c, sweep.slice(unit) == 0).put_first(values);
         });
         const int64_t channel = first_channel<width>(sweep, sweep.tile(unit));
         for_each_group<width, true, 1, Order::backwards>(
@@ -112,7 +109,7 @@ void bn_max_pool(const BnMaxPoolForward& args, void* workspace, Stream stream) {
         const bool of_three = pool.kernel.h == 3 && pool.kernel.w == 3;
         const auto kernel = of_three ? apply_max_pool<T, width, 3> : apply_max_pool<T, width, 0>;
         const int64_t resident = resident_blocks(reinterpret_cast<const void*>(kernel));
-        const Sweep sweep = sweep_of(shape, width, 1, resident);
+        const Sweep sweep = sweep_for(shape, width, 1, resident);
         launch(kernel::kApplyMaxPool, kernel, std::min(sweep.units(), resident), stream, sweep, args);
     });
 }

@@ -6,16 +6,17 @@
 // [slices][2][channels].
 #pragma once
 
+#include "cuda/shared.cuh"
 #include "cuda/sweep.cuh"
 
 namespace fastres::cuda {
 
 // Adds value[i] over the threads that agree in threadIdx.x % lanes. Returns shared memory that holds the
 // total at [i * lanes + lane], valid for all threads until they call it again. `most_lanes` bounds `lanes`.
-// (static: under the emulator AddressSanitizer guards no array that files may share.)
 template <int n, int most_lanes>
-static __device__ __forceinline__ const double* block_sum(double (&value)[n], int lanes) {
-    __shared__ double staging[kWarps * n * most_lanes];
+__device__ __forceinline__ const double* block_sum(double (&value)[n], int lanes) {
+    struct Staging;
+    double* staging = shared_array<Staging, double, kWarps * n * most_lanes>();
     const int thread = static_cast<int>(threadIdx.x);
     const int warp = thread / kWarpThreads;
     const int lane = thread % kWarpThreads;
@@ -37,10 +38,10 @@ static __device__ __forceinline__ const double* block_sum(double (&value)[n], in
 }
 
 // Stores a unit's sums: value is the thread's {first[channels], second[channels]}.
-template <int channels, bool channels_last>
+template <int channels, int most_lanes>
 __device__ __forceinline__ void store_partial_sums(const Sweep& sweep, int64_t unit,
                                                    double (&value)[2 * channels], double* partials) {
-    const double* totals = block_sum<2 * channels, channels_last ? kWarpThreads : 1>(value, sweep.lanes);
+    const double* totals = block_sum<2 * channels, most_lanes>(value, sweep.lanes);
     const int64_t first = sweep.tile(unit) * sweep.lanes * channels;
     double* slice = partials + 2 * sweep.slice(unit) * sweep.channels;
     for (int i = static_cast<int>(threadIdx.x); i < 2 * sweep.lanes * channels; i += kThreads) {
@@ -54,29 +55,30 @@ __device__ __forceinline__ void store_partial_sums(const Sweep& sweep, int64_t u
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// The second step: blocks of kFinalChannels channels, whose slices are dealt to the other threads.
+// The second step: a block takes a few channels, and deals their slices to its other threads.
 
+// Channels of a block, where a kernel does nothing else.
 inline constexpr int kFinalChannels = 8;
 
 struct TwoSums {
     double first, second;
 };
 
-// The sums of channel blockIdx.x * kFinalChannels + threadIdx.x; for the first kFinalChannels threads to
-// use.
-__device__ __forceinline__ TwoSums total_sums(const double* partials, int64_t slices, int64_t channels) {
-    const int lane = static_cast<int>(threadIdx.x) % kFinalChannels;
-    const int64_t channel = int64_t{blockIdx.x} * kFinalChannels + lane;
+// The sums of channel first + threadIdx.x; for the first `lanes` threads to use.
+template <int lanes>
+__device__ __forceinline__ TwoSums total_sums(const double* partials, int64_t slices, int64_t channels,
+                                              int64_t first) {
+    const int lane = static_cast<int>(threadIdx.x) % lanes;
+    const int64_t channel = first + lane;
     double value[2] = {0, 0};
     if (channel < channels)
 #pragma unroll 4
-        for (int64_t slice = threadIdx.x / kFinalChannels; slice < slices;
-             slice += kThreads / kFinalChannels) {
+        for (int64_t slice = threadIdx.x / lanes; slice < slices; slice += kThreads / lanes) {
             value[0] += partials[2 * slice * channels + channel];
             value[1] += partials[(2 * slice + 1) * channels + channel];
         }
-    const double* totals = block_sum<2, kFinalChannels>(value, kFinalChannels);
-    return {totals[lane], totals[kFinalChannels + lane]};
+    const double* totals = block_sum<2, lanes>(value, lanes);
+    return {totals[lane], totals[lanes + lane]};
 }
 
 inline int64_t final_blocks(int64_t channels) {
@@ -90,7 +92,7 @@ inline constexpr int kLeastUnroll = 2;
 inline int64_t partial_bytes(const Activation& shape) {
     int64_t slices = 1;
     for (const int width : {1, 4, 8}) {
-        const Sweep sweep = sweep_of(shape, width, kLeastUnroll);
+        const Sweep sweep = sweep_of(shape, width, kLeastUnroll, kWarpThreads);
         slices = std::max(slices, most_slices(sweep.tiles, sweep.groups));
     }
     return slices * 2 * shape.channels * static_cast<int64_t>(sizeof(double));

@@ -12,6 +12,7 @@
 #include <string>
 
 #include "core/dtype.h"
+#include "cuda/ptx.cuh"
 
 namespace fastres::cuda {
 
@@ -72,13 +73,14 @@ struct Pack {
             memcpy(value, &raw, sizeof raw);
         }
     }
+    // To memory, not to shared memory.
     __device__ __forceinline__ void store(T* to) const {
         if constexpr (width == 1) {
             *to = value[0];
         } else {
             uint4 raw;
             memcpy(&raw, value, sizeof raw);
-            *reinterpret_cast<uint4*>(to) = raw;
+            store_16_bytes(to, raw);
         }
     }
 };
@@ -96,25 +98,30 @@ struct Access {
     static constexpr int width = width_;
 };
 
-// Calls body(Access) for the storage type and, where `vectors`, the vector's width, else 1.
+// Calls body with a value of the storage type.
 template <class Body>
-void with_access(Dtype dtype, bool vectors, const Body& body) {
-    const auto with_type = [&](auto element) {
-        using T = decltype(element);
-        return vectors ? body(Access<T, kVectorWidth<T>>{}) : body(Access<T, 1>{});
-    };
+auto with_element(Dtype dtype, const Body& body) {
     switch (dtype) {
         case Dtype::f32:
-            return with_type(float{});
+            return body(float{});
         case Dtype::bf16:
-            return with_type(__nv_bfloat16{});
+            return body(__nv_bfloat16{});
         case Dtype::f16:
-            return with_type(__half{});
+            return body(__half{});
         case Dtype::f64:
             break;
     }
     throw std::invalid_argument("fastres: no CUDA kernel takes " + std::string(name(dtype)) +
                                 " activations, expected float32, bfloat16 or float16");
+}
+
+// Calls body(Access) for the storage type and, where `vectors`, the vector's width, else 1.
+template <class Body>
+void with_access(Dtype dtype, bool vectors, const Body& body) {
+    with_element(dtype, [&](auto element) {
+        using T = decltype(element);
+        return vectors ? body(Access<T, kVectorWidth<T>>{}) : body(Access<T, 1>{});
+    });
 }
 
 }  // namespace fastres::cuda

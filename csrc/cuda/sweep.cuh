@@ -63,14 +63,14 @@ inline int64_t most_slices(int64_t tiles, int64_t groups) {
 }
 
 // All but the slices.
-inline Sweep sweep_of(const Activation& shape, int width, int unroll) {
+inline Sweep sweep_of(const Activation& shape, int width, int unroll, int most_lanes) {
     Sweep sweep{};
     sweep.channels = shape.channels;
     sweep.pixels = shape.pixels;
     sweep.lanes = 1;
     int64_t tile_channels = 1;
     if (shape.channels_last) {
-        while (sweep.lanes < kWarpThreads && sweep.lanes * width < shape.channels) sweep.lanes *= 2;
+        while (sweep.lanes < most_lanes && sweep.lanes * width < shape.channels) sweep.lanes *= 2;
         tile_channels = int64_t{sweep.lanes} * width;
         sweep.positions = shape.rows();
     } else {
@@ -85,8 +85,9 @@ inline Sweep sweep_of(const Activation& shape, int width, int unroll) {
     return sweep;
 }
 
-inline Sweep sweep_of(const Activation& shape, int width, int unroll, int64_t resident) {
-    Sweep sweep = sweep_of(shape, width, unroll);
+// For blocks of which the device holds `resident` at a time.
+inline Sweep sweep_for(const Activation& shape, int width, int unroll, int64_t resident) {
+    Sweep sweep = sweep_of(shape, width, unroll, kWarpThreads);
     sweep.slices = slices_for(sweep.tiles, sweep.groups, resident);
     return sweep;
 }
@@ -102,6 +103,10 @@ inline bool fills_vectors(const Activation& shape) {
 // Channels that one thread handles: consecutive from first_channel() on.
 template <int width, bool channels_last>
 inline constexpr int kThreadChannels = channels_last ? width : 1;
+
+// A bound on `lanes`.
+template <bool channels_last>
+inline constexpr int kMostLanes = channels_last ? kWarpThreads : 1;
 
 template <int channels>
 __device__ __forceinline__ int64_t first_channel(const Sweep& sweep, int64_t tile) {

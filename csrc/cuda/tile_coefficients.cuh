@@ -4,6 +4,7 @@
 #include "core/batch_norm.h"
 #include "core/bn_math.h"
 #include "cuda/channel_vector.cuh"
+#include "cuda/shared.cuh"
 #include "cuda/sweep.cuh"
 
 namespace fastres::cuda {
@@ -11,6 +12,13 @@ namespace fastres::cuda {
 // y -> (y - mean) * scale + shift
 struct ForwardMap {
     float mean, scale, shift;
+
+    template <int fields>
+    __device__ __forceinline__ void put_first(float (&values)[fields]) const {
+        values[0] = mean;
+        values[1] = scale;
+        values[2] = shift;
+    }
 };
 
 // The pre-activation. Forward and backward pass must agree in every bit of it, or a gradient would pass
@@ -42,10 +50,12 @@ __device__ __forceinline__ ForwardMap map_to_apply(const BnForward& args, int64_
 }
 
 // Fills field[f][k] for the calling thread's channels with what find(channel, values) gives for values[f].
-template <int fields, int channels, bool channels_last, class Find>
+template <int fields, int channels, int most_lanes, class Find>
 __device__ __forceinline__ void tile_coefficients(const Sweep& sweep, int64_t unit,
                                                   float (&field)[fields][channels], const Find& find) {
-    __shared__ float staging[fields][channels * (channels_last ? kWarpThreads : 1)];
+    struct Staging;
+    constexpr int most = channels * most_lanes;
+    float* staging = shared_array<Staging, float, fields * most>();
     const int64_t first = sweep.tile(unit) * sweep.lanes * channels;
     __syncthreads();  // a slower thread may still read the unit before
     for (int i = static_cast<int>(threadIdx.x); i < sweep.lanes * channels; i += kThreads) {
@@ -53,14 +63,14 @@ __device__ __forceinline__ void tile_coefficients(const Sweep& sweep, int64_t un
         float values[fields];
         find(first + i, values);
 #pragma unroll
-        for (int f = 0; f < fields; ++f) staging[f][i] = values[f];
+        for (int f = 0; f < fields; ++f) staging[f * most + i] = values[f];
     }
     __syncthreads();
     if (first_channel<channels>(sweep, sweep.tile(unit)) >= sweep.channels) return;
 #pragma unroll
     for (int f = 0; f < fields; ++f)
 #pragma unroll
-        for (int k = 0; k < channels; ++k) field[f][k] = staging[f][sweep.lane() * channels + k];
+        for (int k = 0; k < channels; ++k) field[f][k] = staging[f * most + sweep.lane() * channels + k];
 }
 
 }  // namespace fastres::cuda

@@ -1,6 +1,5 @@
 // The emulator's C interface: csrc/cuda's entry points with host pointers. Each returns null, or what went
 // wrong, valid until the next call.
-#include <cstring>
 #include <exception>
 #include <string>
 
@@ -8,7 +7,7 @@
 #include "cuda/batch_norm.h"
 #include "cuda/kernel_list.h"
 #include "cuda/max_pool.h"
-#include "cuda_runtime.h"
+#include "emu/block.h"
 
 namespace {
 
@@ -26,21 +25,6 @@ const char* guarded(const Body& body) {
 }
 
 }  // namespace
-
-namespace fastres::emu {
-
-cudaError_t launch(const dim3& blocks, const dim3& threads, const std::function<void()>& body) {
-    const char* error = guarded([&] { run_grid(blocks.x, threads.x, body); });
-    return error ? cudaErrorLaunchFailure : cudaSuccess;
-}
-
-}  // namespace fastres::emu
-
-const char* cudaGetErrorString(cudaError_t status) {
-    static std::string text;
-    text = status == cudaSuccess ? "no error" : message;
-    return text.c_str();
-}
 
 extern "C" {
 
@@ -64,6 +48,9 @@ const char* fastres_emu_add_relu(const fastres::AddRelu* args) {
 }
 const char* fastres_emu_add_relu_backward(const fastres::AddReluBackward* args) {
     return guarded([&] { fastres::cuda::add_relu_backward(*args, nullptr); });
+}
+const char* fastres_emu_use_on_chip(int blocks_a_multiprocessor) {
+    return guarded([&] { fastres::cuda::use_on_chip(blocks_a_multiprocessor); });
 }
 void fastres_emu_set_schedule(int descending) {
     fastres::emu::set_schedule(descending != 0);

@@ -4,14 +4,18 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <exception>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "emu/shared_memory.h"
 
 #if defined(FASTRES_EMU_THREAD_SANITIZER)
 #include <sanitizer/tsan_interface.h>
@@ -62,6 +66,9 @@ struct Slots {
     unsigned exchanges = 0;
 };
 
+// A thread's asynchronous copies, in batches of which the last is open.
+using Copies = std::deque<std::deque<Copy>>;
+
 // ---------------------------------------------------------------------------------------------------------
 // A fiber, and what the sanitizers must be told of it
 
@@ -93,6 +100,7 @@ struct Fiber {
     const char* file = "";
     int line = 0;
     Slots slots;
+    Copies copies;
     [[maybe_unused]] void* sanitizer = nullptr;
 
     bool can_run() const { return !done && (waits_for == nullptr || waits_for->passed(phase)); }
@@ -152,48 +160,42 @@ struct Scheduler {
 
 // ---------------------------------------------------------------------------------------------------------
 
+// What the threads of one block share.
+struct Block {
+    Block(unsigned threads, std::size_t dynamic_bytes) : all(threads), shared(dynamic_bytes) {
+        for (unsigned first = 0; first < threads; first += kWarp)
+            warps.emplace_back(std::min(threads - first, kWarp));
+    }
+
+    Barrier all;
+    std::vector<Barrier> warps;
+    SharedMemory shared;
+};
+
 class Grid {
   public:
-    Grid(unsigned threads, const std::function<void()>& body)
-        : body_(body), threads_(threads), all_(threads) {
-        for (unsigned first = 0; first < threads; first += kWarp)
-            warps_.emplace_back(threads - first < kWarp ? threads - first : kWarp);
-        if (fibers().size() < threads) fibers().resize(threads);
-        for (unsigned t = 0; t < threads; ++t) {
-            Fiber& fiber = fibers()[t];
+    Grid(const Shape& shape, const std::function<void()>& body)
+        : body_(body),
+          shape_(shape),
+          alive_(shape.cooperative ? shape.blocks : 1),
+          whole_(alive_ * shape.threads) {
+        for (unsigned b = 0; b < alive_; ++b) blocks_.emplace_back(shape.threads, shape.dynamic_bytes);
+        const unsigned count = alive_ * shape.threads;
+        if (fibers().size() < count) fibers().resize(count);
+        for (unsigned f = 0; f < count; ++f) {
+            Fiber& fiber = fibers()[f];
             ucontext_t& context = fiber.context.machine;
             getcontext(&context);
             context.uc_stack.ss_sp = fiber.stack.get();
             context.uc_stack.ss_size = kStackBytes;
             context.uc_link = nullptr;
-            makecontext(&context, &Grid::run_blocks, 0);
+            makecontext(&context, &Grid::run_threads, 0);
             fiber.context.entered = false;
         }
     }
 
-    void run_block() {
-        order_before(this);
-        for (unsigned t = 0; t < threads_; ++t) {
-            fibers()[t].done = false;
-            fibers()[t].waits_for = nullptr;
-        }
-        for (bool progress = true; progress && !error_;) {
-            progress = false;
-            for (unsigned i = 0; i < threads_; ++i) {
-                threadIdx.x = descending ? threads_ - 1 - i : i;
-                Fiber& fiber = running();
-                if (!fiber.can_run()) continue;
-                progress = true;
-                fiber.waits_for = nullptr;
-                scheduler_.switch_to(fiber);
-            }
-        }
-        order_after(this);
-        if (error_) std::rethrow_exception(error_);
-        for (threadIdx.x = 0; threadIdx.x < threads_; ++threadIdx.x)
-            if (!running().done)
-                throw std::runtime_error(here() + " waits for ever at " + running().file + ":" +
-                                         std::to_string(running().line) + ": not all threads arrive there");
+    void run() {
+        for (first_ = 0; first_ < shape_.blocks; first_ += alive_) run_alive();
     }
 
     void wait(Barrier& barrier, const char* file, int line) {
@@ -207,26 +209,79 @@ class Grid {
         if (!barrier.passed(fiber.phase)) scheduler_.switch_back(fiber);
         order_after(order);
     }
-    void wait_for_block(const char* file, int line) { wait(all_, file, line); }
-    void wait_for_warp(const char* file, int line) { wait(warps_[threadIdx.x / kWarp], file, line); }
-
-    static std::vector<Fiber>& fibers() {
-        static std::vector<Fiber> kept;  // their stacks serve one grid after the other
-        return kept;
+    void wait_for_block(const char* file, int line) { wait(block().all, file, line); }
+    void wait_for_warp(const char* file, int line) { wait(block().warps[threadIdx.x / kWarp], file, line); }
+    void wait_for_grid(const char* file, int line) {
+        if (!shape_.cooperative)
+            throw std::runtime_error(std::string("a barrier of the grid at ") + file + ":" +
+                                     std::to_string(line) + " in a launch that is not cooperative");
+        wait(whole_, file, line);
     }
+
+    Block& block() { return blocks_[blockIdx.x - first_]; }
+    Fiber& fiber(unsigned thread) { return fibers()[(blockIdx.x - first_) * shape_.threads + thread]; }
+    Fiber& running() { return fiber(threadIdx.x); }
 
     static Grid* active;
 
   private:
-    static Fiber& running() { return fibers()[threadIdx.x]; }
+    static std::vector<Fiber>& fibers() {
+        static std::vector<Fiber> kept;  // their stacks serve one grid after the other
+        return kept;
+    }
     static std::string here() {
         return "block " + std::to_string(blockIdx.x) + ", thread " + std::to_string(threadIdx.x);
     }
 
+    void run_alive() {
+        for (Block& block : blocks_) block.shared.begin();
+        for (unsigned f = 0; f < alive_ * shape_.threads; ++f) {
+            fibers()[f].done = false;
+            fibers()[f].waits_for = nullptr;
+            fibers()[f].copies.assign(1, {});
+        }
+        order_before(this);
+        for (bool progress = true; progress && !error_;) {
+            progress = false;
+            for (unsigned i = 0; i < alive_; ++i) {
+                blockIdx.x = first_ + (descending ? alive_ - 1 - i : i);
+                while (!error_ && run_block()) progress = true;
+            }
+        }
+        order_after(this);
+        if (error_) std::rethrow_exception(error_);
+        for (blockIdx.x = first_; blockIdx.x < first_ + alive_; ++blockIdx.x) {
+            for (threadIdx.x = 0; threadIdx.x < shape_.threads; ++threadIdx.x)
+                if (!running().done)
+                    throw std::runtime_error(here() + " waits for ever at " + running().file + ":" +
+                                             std::to_string(running().line) +
+                                             ": not all threads arrive there");
+            try {
+                block().shared.check();
+            } catch (const std::exception& error) {
+                throw std::runtime_error("block " + std::to_string(blockIdx.x) + " " + error.what());
+            }
+        }
+    }
+
+    // Each of the block's threads that can, until it waits; whether one could.
+    bool run_block() {
+        bool progress = false;
+        for (unsigned i = 0; i < shape_.threads && !error_; ++i) {
+            threadIdx.x = descending ? shape_.threads - 1 - i : i;
+            Fiber& fiber = running();
+            if (!fiber.can_run()) continue;
+            progress = true;
+            fiber.waits_for = nullptr;
+            scheduler_.switch_to(fiber);
+        }
+        return progress;
+    }
+
     // A fiber's whole life: one thread of each block in turn.
-    static void run_blocks() {
+    static void run_threads() {
         Grid& grid = *active;
-        Fiber& fiber = running();
+        Fiber& fiber = grid.running();
         grid.scheduler_.entered(nullptr);
         for (;;) {
             order_after(&grid);
@@ -242,9 +297,11 @@ class Grid {
     }
 
     const std::function<void()>& body_;
-    unsigned threads_;
-    Barrier all_;
-    std::vector<Barrier> warps_;
+    Shape shape_;
+    unsigned alive_;      // blocks that run side by side
+    unsigned first_ = 0;  // of them
+    Barrier whole_;
+    std::vector<Block> blocks_;
     std::exception_ptr error_;
     Scheduler scheduler_;
 };
@@ -253,14 +310,14 @@ Grid* Grid::active = nullptr;
 
 }  // namespace
 
-void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& body) {
+void run_grid(const Shape& shape, const std::function<void()>& body) {
     static std::mutex one_at_a_time;
     const std::lock_guard<std::mutex> lock(one_at_a_time);
-    Grid grid(threads, body);
+    Grid grid(shape, body);
     Grid::active = &grid;
-    blockDim = {threads, 1, 1};
-    gridDim = {blocks, 1, 1};
-    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) grid.run_block();
+    blockDim = {shape.threads, 1, 1};
+    gridDim = {shape.blocks, 1, 1};
+    grid.run();
 }
 
 void set_schedule(bool downwards) {
@@ -274,15 +331,46 @@ void sync_warp(const char* file, int line) {
     Grid::active->wait_for_warp(file, line);
 }
 
+void sync_grid(const char* file, int line) {
+    Grid::active->wait_for_grid(file, line);
+}
+
 void exchange(void* value, std::size_t bytes, int from, const char* file, int line) {
     const unsigned thread = threadIdx.x;
-    Slots& own = Grid::fibers()[thread].slots;
+    Slots& own = Grid::active->fiber(thread).slots;
     const unsigned parity = own.exchanges++ % 2;
     std::memcpy(own.value[parity], value, bytes);
     Grid::active->wait_for_warp(file, line);
-    std::memcpy(value,
-                Grid::fibers()[thread / kWarp * kWarp + static_cast<unsigned>(from)].slots.value[parity],
-                bytes);
+    const unsigned other = thread / kWarp * kWarp + static_cast<unsigned>(from);
+    std::memcpy(value, Grid::active->fiber(other).slots.value[parity], bytes);
+}
+
+void* shared_array(const void* key, std::size_t bytes) {
+    return Grid::active->block().shared.array(key, bytes);
+}
+void* dynamic_shared() {
+    return Grid::active->block().shared.dynamic();
+}
+
+void begin_copy(const Copy& copy) {
+    Grid::active->running().copies.back().push_back(copy);
+}
+void close_batch_of_copies() {
+    Grid::active->running().copies.emplace_back();
+}
+bool take_arrived(int newest, Copy& copy) {
+    Copies& copies = Grid::active->running().copies;
+    while (copies.size() > static_cast<std::size_t>(newest) + 1) {
+        std::deque<Copy>& oldest = copies.front();
+        if (oldest.empty()) {
+            copies.pop_front();
+            continue;
+        }
+        copy = oldest.front();
+        oldest.pop_front();
+        return true;
+    }
+    return false;
 }
 
 void check_alignment(const void* address, std::size_t alignment) {

@@ -1,7 +1,8 @@
-// A block of CUDA threads on the host: each is a fiber with a stack of its own, and one runs at a time
-// until it waits at a barrier. So a launch takes the same course each time, and a barrier that some threads
-// never reach is found at once: nobody is left to run. To ThreadSanitizer each fiber is a thread and a
-// barrier the only order between them, so that it reports a missing one whatever the course was.
+// Blocks of CUDA threads on the host: each thread is a fiber with a stack of its own, and one runs at a
+// time until it waits at a barrier. Blocks run one after the other, those of a cooperative launch side by
+// side. So a launch takes the same course each time, and a barrier that some threads never reach is found
+// at once: nobody is left to run. To ThreadSanitizer each fiber is a thread and a barrier the only order
+// between them, so that it reports a missing one whatever the course was.
 #pragma once
 
 #include <cstddef>
@@ -16,9 +17,15 @@ struct Index {
 // The running thread's.
 extern Index threadIdx, blockIdx, blockDim, gridDim;
 
+struct Shape {
+    unsigned blocks, threads;
+    std::size_t dynamic_bytes;  // of shared memory a block
+    bool cooperative;
+};
+
 // Runs body once for each thread of each block. Throws what a thread threw, and std::runtime_error where
-// some wait for ever; either with the block and the thread.
-void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& body);
+// some wait for ever, or wrote past their shared memory; with the block, and the thread where it is known.
+void run_grid(const Shape& shape, const std::function<void()>& body);
 
 // Order in which the threads go on: results that depend on it are a race.
 void set_schedule(bool descending);
@@ -26,8 +33,24 @@ void set_schedule(bool descending);
 // Called by threads; where they stand is told if they wait for ever.
 void sync_threads(const char* file, int line);
 void sync_warp(const char* file, int line);
+void sync_grid(const char* file, int line);
 // Writes to `value` the one that lane `from` of the calling thread's warp brings.
 void exchange(void* value, std::size_t bytes, int from, const char* file, int line);
+// The running block's shared memory.
+void* shared_array(const void* key, std::size_t bytes);
+void* dynamic_shared();
+
+// A copy of the running thread's that is under way: begun, closed into a batch, and arrived once all but
+// the `newest` batches are waited for. take_arrived() returns whether there is one, which the caller then
+// does.
+struct Copy {
+    void* to;
+    char value[16];
+};
+void begin_copy(const Copy& copy);
+void close_batch_of_copies();
+bool take_arrived(int newest, Copy& copy);
+
 // Throws where `address` is no multiple of `alignment`.
 void check_alignment(const void* address, std::size_t alignment);
 

@@ -15,8 +15,6 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-// One block runs at a time, so its shared memory can be the function's.
-#define __shared__ static
 
 using fastres::emu::blockDim;
 using fastres::emu::blockIdx;
@@ -72,33 +70,61 @@ struct dim3 {
 };
 
 using cudaStream_t = struct CUstream_st*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
-enum cudaDeviceAttr { cudaDevAttrMaxThreadsPerMultiProcessor, cudaDevAttrMultiProcessorCount };
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorLaunchFailure = 719,
+    cudaErrorCooperativeLaunchTooLarge = 720
+};
+enum cudaDeviceAttr {
+    cudaDevAttrMaxThreadsPerMultiProcessor,
+    cudaDevAttrMultiProcessorCount,
+    cudaDevAttrCooperativeLaunch,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin,
+    cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+    cudaDevAttrReservedSharedMemoryPerBlock
+};
+enum cudaFuncAttribute {
+    cudaFuncAttributeMaxDynamicSharedMemorySize,
+    cudaFuncAttributePreferredSharedMemoryCarveout
+};
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
+enum { cudaSharedmemCarveoutMaxShared = 100 };
 
+struct cudaLaunchAttribute {
+    cudaLaunchAttributeID id;
+    struct {
+        int cooperative;
+    } val;
+};
 struct cudaLaunchConfig_t {
     dim3 gridDim, blockDim;
     std::size_t dynamicSmemBytes = 0;
     cudaStream_t stream = nullptr;
+    cudaLaunchAttribute* attrs = nullptr;
+    unsigned numAttrs = 0;
+};
+struct cudaFuncAttributes {
+    std::size_t sharedSizeBytes;
 };
 
 namespace fastres::emu {
 inline constexpr int kMultiprocessors = 2;
 inline constexpr int kBlocksPerMultiprocessor = 2;
 // Runs the grid; what went wrong is told by cudaGetErrorString.
-cudaError_t launch(const dim3& blocks, const dim3& threads, const std::function<void()>& body);
+cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, const std::function<void()>& body);
 }  // namespace fastres::emu
 
 const char* cudaGetErrorString(cudaError_t status);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute which, int value);
 
 inline cudaError_t cudaGetLastError() {
     return cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* device) {
     *device = 0;
-    return cudaSuccess;
-}
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-    *value = which == cudaDevAttrMultiProcessorCount ? fastres::emu::kMultiprocessors : 1024;
     return cudaSuccess;
 }
 inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int,
@@ -110,6 +136,6 @@ inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, co
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
-    return fastres::emu::launch(config->gridDim, config->blockDim,
+    return fastres::emu::launch(reinterpret_cast<const void*>(kernel), *config,
                                 [&] { kernel(Parameters(arguments)...); });
 }

@@ -37,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="(default here: %(default)s)",
     )
     add(
+        "--cuda-graph",
+        action="store_true",
+        help="capture a step into a CUDA graph and replay it: less time between a small model's kernels",
+    )
+    add(
         "--seed",
         type=int,
         default=0,
@@ -112,6 +117,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
             f"--arch {arguments.arch} takes images of three channels: give --data, a folder of images"
         )
     _check_device(arguments.device)
+    if arguments.cuda_graph and not arguments.device.startswith("cuda"):
+        raise DataError(f"--cuda-graph needs --device cuda, this run is on {arguments.device}")
     folder = Path(arguments.out)
     try:
         existing = next(path for path in (folder, *folder.parents) if path.exists())
@@ -121,7 +128,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         raise DataError(f"--out {arguments.out}: {existing} is a file, not a folder")
     names = ("arch", "epochs", "batch_size", "lr", "dtype", "seed", "fused", "device", "workers")
     warmup = _warmup(arguments.arch) if arguments.warmup is None else arguments.warmup
-    return Settings(**{name: getattr(arguments, name) for name in names}, warmup=warmup)
+    return Settings(**{name: getattr(arguments, name) for name in (*names, "cuda_graph")}, warmup=warmup)
 
 
 def _warmup(arch: str) -> float:

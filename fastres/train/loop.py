@@ -18,6 +18,7 @@ from torch.utils.data import TensorDataset
 from fastres import models, sites
 from fastres.train import checkpoint, report
 from fastres.train.data import Data, batches_of, shifted
+from fastres.train.graph import CudaGraphs, GraphedStep
 
 
 class ResumeError(ValueError):
@@ -41,6 +42,7 @@ class Settings:
         dtype: "fp32" or "bf16" (autocast; weights and statistics stay fp32).
         fused: run the fused ops, else the same model's stock layers.
         momentum, weight_decay: of SGD.
+        cuda_graph: capture a step and replay it, see fastres.train.graph.
     """
 
     arch: str
@@ -55,13 +57,14 @@ class Settings:
     warmup: float = 2.0
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    cuda_graph: bool = False
 
 
 # Called after each batch: epoch, images done in it, images in it, their mean loss so far, images a second.
 Progress = Callable[[int, int, int, float, float], None]
 
 # What may differ between a run and its continuation.
-_FREE = {"workers", "device"}
+_FREE = {"workers", "device", "cuda_graph"}
 
 _KEYS = {"settings", "model", "optimizer", "epochs", "random"}
 
@@ -86,6 +89,9 @@ class Run:
             fused=True,
         )
         self.epochs: list[report.Epoch] = []
+        self._step = self._train_step
+        if settings.cuda_graph:
+            self._step = GraphedStep(self._train_step, CudaGraphs(settings.device))
 
     @property
     def checkpoint_path(self) -> Path:
@@ -180,21 +186,33 @@ class Run:
         correct = torch.zeros((), device=self.settings.device)
         for images, labels in self._batches(total):
             lr = self._learning_rate(epoch + done / total)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.zero_grad()
-            with self._autocast(), self._layers():
-                output = self.model(images)
-                loss = F.cross_entropy(output.float(), labels)
-            loss.backward()
-            self.optimizer.step()
+            self._set_learning_rate(lr)
+            loss, output = self._step(images, labels)
             done += len(labels)
-            loss_sum += loss.detach() * len(labels)
-            correct += (output.detach().argmax(1) == labels).sum()
+            loss_sum += loss * len(labels)
+            correct += (output.argmax(1) == labels).sum()
             if progress is not None:
                 progress(epoch, done, total, loss_sum.item() / done, done / (time.perf_counter() - started))
         rate = done / (time.perf_counter() - started)
         return report.Epoch(epoch + 1, lr, loss_sum.item() / done, correct.item() / done, rate)
+
+    def _train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        self.optimizer.zero_grad()
+        with self._autocast(), self._layers():
+            output = self.model(images)
+            loss = F.cross_entropy(output.float(), labels)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach(), output.detach()
+
+    def _set_learning_rate(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            if not self.settings.cuda_graph:
+                group["lr"] = lr
+            elif isinstance(group["lr"], Tensor):  # which a captured step reads
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = torch.tensor(lr, device=self.settings.device)
 
     def _batches(self, total: int) -> Iterator[tuple[Tensor, Tensor]]:
         """An epoch's batches in a random order; none of a single image, which no batch norm takes."""

@@ -1,0 +1,106 @@
+// The host's side of CUDA for a card of two multiprocessors, each with the shared memory of an H100's.
+#include <algorithm>
+#include <exception>
+#include <map>
+#include <string>
+
+#include "cuda_runtime.h"
+
+namespace {
+
+constexpr int kSharedBytes = 228 << 10;
+constexpr int kReservedBytes = 1 << 10;         // of each block
+constexpr int kUnaskedDynamicBytes = 48 << 10;  // what a block may have with no attribute set
+constexpr std::size_t kStaticBytes = 16 << 10;  // what each kernel is taken to have itself
+
+std::string message = "no error";
+std::map<const void*, int> most_dynamic_bytes;
+int cooperative_launches = 0;
+int held_blocks = fastres::emu::kMultiprocessors * fastres::emu::kBlocksPerMultiprocessor;
+
+cudaError_t failed(cudaError_t status, const std::string& why) {
+    message = why;
+    return status;
+}
+
+}  // namespace
+
+namespace fastres::emu {
+
+cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config,
+                   const std::function<void()>& body) {
+    Shape shape{config.gridDim.x, config.blockDim.x, config.dynamicSmemBytes, false};
+    for (unsigned i = 0; i < config.numAttrs; ++i)
+        if (config.attrs[i].id == cudaLaunchAttributeCooperative)
+            shape.cooperative = config.attrs[i].val.cooperative != 0;
+    const auto asked = most_dynamic_bytes.find(kernel);
+    const int most = asked == most_dynamic_bytes.end() ? kUnaskedDynamicBytes : asked->second;
+    if (shape.dynamic_bytes > static_cast<std::size_t>(most))
+        return failed(cudaErrorInvalidValue, "more dynamic shared memory than the kernel asked for");
+    if (shape.cooperative) {
+        const std::size_t a_block = shape.dynamic_bytes + kStaticBytes + kReservedBytes;
+        const auto by_memory = static_cast<int>(kSharedBytes / a_block);
+        const int resident = kMultiprocessors * std::min(by_memory, kBlocksPerMultiprocessor);
+        if (shape.blocks > static_cast<unsigned>(std::min(resident, held_blocks)))
+            return failed(cudaErrorCooperativeLaunchTooLarge, "too many blocks in cooperative launch");
+        ++cooperative_launches;
+    }
+    try {
+        run_grid(shape, body);
+        return cudaSuccess;
+    } catch (const std::exception& error) {
+        return failed(cudaErrorLaunchFailure, error.what());
+    }
+}
+
+}  // namespace fastres::emu
+
+const char* cudaGetErrorString(cudaError_t) {
+    return message.c_str();
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+    switch (which) {
+        case cudaDevAttrMaxThreadsPerMultiProcessor:
+            *value = 1024;
+            break;
+        case cudaDevAttrMultiProcessorCount:
+            *value = fastres::emu::kMultiprocessors;
+            break;
+        case cudaDevAttrCooperativeLaunch:
+            *value = held_blocks > 0;
+            break;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+            *value = kSharedBytes - kReservedBytes;
+            break;
+        case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+            *value = kSharedBytes;
+            break;
+        case cudaDevAttrReservedSharedMemoryPerBlock:
+            *value = kReservedBytes;
+            break;
+    }
+    return cudaSuccess;
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+    attributes->sharedSizeBytes = kStaticBytes;
+    return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute which, int value) {
+    if (which == cudaFuncAttributeMaxDynamicSharedMemorySize) most_dynamic_bytes[kernel] = value;
+    return cudaSuccess;
+}
+
+extern "C" {
+
+int fastres_emu_cooperative_launches() {
+    return cooperative_launches;
+}
+// As where others use a part of the card.
+void fastres_emu_hold_blocks(int blocks) {
+    held_blocks = blocks;
+}
+
+}  // extern "C"
