@@ -46,11 +46,19 @@ def transformers(torchvision):  # which it imports where it is installed
     return import_module("transformers")
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-def device(request) -> str:
-    if request.param == "cuda" and not (torch.cuda.is_available() and _C.build_info()["cuda"]):
+@pytest.fixture(
+    params=["cpu", *(pytest.param(name, marks=pytest.mark.cuda) for name in ("cuda", "cuda_on_chip"))]
+)
+def device(request):
+    """Where a test's tensors are; on CUDA also with batch norms that read theirs once."""
+    if request.param == "cpu":
+        yield "cpu"
+        return
+    if not (torch.cuda.is_available() and _C.build_info()["cuda"]):
         pytest.skip("no CUDA device, or fastres was built without CUDA")
-    return request.param
+    _C.use_on_chip(int(request.param == "cuda_on_chip"))
+    yield "cuda"
+    _C.use_on_chip(0)
 
 
 @pytest.fixture(autouse=True)

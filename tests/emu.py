@@ -3,6 +3,7 @@
 Every output is poisoned with NaN before the call, and so is the workspace.
 """
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -118,8 +119,17 @@ def set_schedule(descending: bool) -> None:
 
 
 def use_on_chip(blocks: int) -> None:
-    """Choose how many blocks on a multiprocessor keep tensors between two passes; 0: none does."""
+    """Choose how many blocks on a multiprocessor keep tensors between two passes; 0, as at first: none."""
     _call("use_on_chip", blocks)
+
+
+@contextlib.contextmanager
+def on_chip(blocks: int):
+    use_on_chip(blocks)
+    try:
+        yield
+    finally:
+        use_on_chip(0)
 
 
 def hold_blocks(blocks: int) -> None:

@@ -56,6 +56,15 @@ def test_larger_images_are_as_accurate_as_stock(shape):
     assert not found, "\n".join(found)
 
 
+@pytest.mark.parametrize("kernel, channels", [(3, 48), (5, 48), (7, 32)])
+def test_gradients_by_many_taps_are_as_accurate_as_stock(kernel, channels):
+    """Of a stride: each of their sums has taps times channels terms, too few for long ones to be usual."""
+    size, padding = (kernel, kernel), (kernel // 2, kernel // 2)
+    shape = Shape(4, 64, channels, (32, 32), size, (2, 2), padding)
+    found = failures(ours(*shape.tensors(torch.float32), shape), shape, torch.float32, least_error=False)
+    assert not found, "\n".join(found)
+
+
 @pytest.mark.parametrize(
     "make", [lambda w: w.transpose(2, 3), lambda w: w.flip(0)[::2], lambda w: w[:1].expand(6, 5, 3, 3)]
 )

@@ -36,9 +36,8 @@ FIRST_SEED = 20240607
 @pytest.fixture(params=[0, 1], ids=["two_launches", "on_chip"])
 def each_way(request):
     """Training reads its tensors twice; or once, where they fit on the chip."""
-    emu.use_on_chip(request.param)
-    yield
-    emu.use_on_chip(1)
+    with emu.on_chip(request.param):
+        yield
 
 
 def random(shape, dtype, layout, generator, mean=0.3, std=1.5):
@@ -158,11 +157,7 @@ def check(*args, prepare=lambda case: None, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("residual", [False, True], ids=["bn_relu", "bn_add_relu"])
 def test_training_is_as_exact_as_stock(shape, layout, dtype, residual):
-    emu.use_on_chip(0)
-    try:
-        check(shape, dtype, layout, residual=residual)
-    finally:
-        emu.use_on_chip(1)
+    check(shape, dtype, layout, residual=residual)
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
@@ -171,11 +166,8 @@ def test_training_is_as_exact_as_stock(shape, layout, dtype, residual):
 @pytest.mark.parametrize("residual", [False, True], ids=["bn_relu", "bn_add_relu"])
 def test_training_on_chip_is_as_exact_as_stock(shape, layout, dtype, residual, blocks):
     before = emu.cooperative_launches()
-    emu.use_on_chip(blocks)
-    try:
+    with emu.on_chip(blocks):
         check(shape, dtype, layout, residual=residual)
-    finally:
-        emu.use_on_chip(1)
     assert emu.cooperative_launches() > before
 
 
@@ -316,13 +308,10 @@ def test_same_bits_in_any_order_of_threads(layout):
 )
 def test_one_launch_where_all_fits_on_the_chip(shape, layout, launches):
     before = emu.cooperative_launches()
-    Case(shape, torch.float32, layout, residual=False).ours()
-    assert emu.cooperative_launches() - before == launches
-    emu.use_on_chip(0)
-    try:
+    with emu.on_chip(1):
         Case(shape, torch.float32, layout, residual=False).ours()
-    finally:
-        emu.use_on_chip(1)
+    assert emu.cooperative_launches() - before == launches
+    Case(shape, torch.float32, layout, residual=False).ours()
     assert emu.cooperative_launches() - before == launches
 
 
@@ -332,7 +321,8 @@ def test_a_card_that_holds_fewer_blocks_launches_twice(blocks):
     emu.hold_blocks(blocks)
     try:
         before = emu.cooperative_launches()
-        case.add_errors(errors := Errors())
+        with emu.on_chip(1):
+            case.add_errors(errors := Errors())
         assert emu.cooperative_launches() == before
     finally:
         emu.hold_blocks(4)

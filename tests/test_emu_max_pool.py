@@ -24,14 +24,6 @@ SHAPES = [(2, 64, 9, 12), (3, 5, 7, 5), (1, 520, 6, 7), (2, 8, 40, 36)]
 CASES = [*((shape, True) for shape in SHAPES), (SHAPES[0], False)]
 
 
-@pytest.fixture(autouse=True)
-def two_launches():
-    """Of the batch norm alone too: the last bits of its sums follow how the tensor is cut."""
-    emu.use_on_chip(0)
-    yield
-    emu.use_on_chip(1)
-
-
 def max_pool(pool, values, **options):
     return F.max_pool2d(values, *pool[:3], 1, pool.ceil_mode, **options)
 

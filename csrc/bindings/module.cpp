@@ -89,8 +89,8 @@ PYBIND11_MODULE(_C, module) {
                "'faster', as at first, wherever it is 'possible', or 'never'.");
 #if defined(FASTRES_CUDA)
     module.def("use_on_chip", &fastres::cuda::use_on_chip, py::arg("blocks_a_multiprocessor"),
-               "Train batch norms whose tensors fit into a GPU's shared memory in one launch of 1 block a "
-               "multiprocessor, as at first, or of 2; or none of them so: 0.");
+               "Train batch norms whose tensors fit into a GPU's shared memory in one launch, of 1 block a "
+               "multiprocessor or of 2; or, 0 and as at first, none of them.");
 #endif
     module.def(
         "keep_memory", &fastres::bindings::keep_memory, py::arg("keep"),

@@ -53,11 +53,10 @@ class DirectLoop final : public GatherLoop {
     }
 
     int64_t block_of_k() const {
-        // Of few pixels PyTorch's sums are the more exact ones, and the batch norm's errors hide less. Of
-        // several taps the order of a packed weight depends on this.
+        // PyTorch's sums are the more exact ones of few pixels, where also the batch norm's errors hide
+        // less, and of many taps. Of one tap the order of a packed weight does not depend on this.
         constexpr int64_t few_pixels = 512;
-        const bool few = pixels() < few_pixels || (args_.one_order && taps_ > 1);
-        const bool exact = args_.dtype != Dtype::bf16 && few;
+        const bool exact = args_.dtype != Dtype::bf16 && (pixels() < few_pixels || taps_ > 1);
         const int64_t least_words = exact ? 16 : 32, most_words = 256, most_steps = exact ? 160 : 640;
         const int64_t most =
             std::max(least_words, std::min(most_words, most_steps / std::max<int64_t>(1, taps_)));

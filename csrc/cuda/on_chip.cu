@@ -10,7 +10,7 @@
 namespace fastres::cuda {
 namespace {
 
-std::atomic<int> blocks_a_multiprocessor{1};
+std::atomic<int> blocks_a_multiprocessor{0};
 
 int64_t ceil_divide(int64_t a, int64_t b) {
     return (a + b - 1) / b;
