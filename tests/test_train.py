@@ -201,6 +201,38 @@ def test_a_training_that_diverges_ends_there(tmp_path, capsys):
     assert "epoch 2/3" not in printed.out and "held-out" not in printed.out
 
 
+@pytest.mark.parametrize("bytes_wanted", [2**50, None], ids=["on the CPU", "on a GPU"])
+def test_too_little_memory_is_told_with_the_batch_size(bytes_wanted, tmp_path, capsys, monkeypatch):
+    def fail(run, images, labels):
+        if bytes_wanted is None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        torch.empty(bytes_wanted, dtype=torch.uint8)
+
+    monkeypatch.setattr(loop.Run, "_train_step", fail)
+    assert cli.main(["train", "--epochs", "1", "--batch-size", "32", "--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("fastres train: out of memory at --batch-size 32, take a smaller one: ")
+    assert len(printed.splitlines()) == 1
+
+
+def test_another_error_of_a_step_is_not_taken_for_that(tmp_path, monkeypatch):
+    def fail(run, images, labels):
+        raise RuntimeError("the size of tensor a must match")
+
+    monkeypatch.setattr(loop.Run, "_train_step", fail)
+    with pytest.raises(RuntimeError, match="the size of tensor a"):
+        cli.main(["train", "--epochs", "1", "--out", str(tmp_path)])
+
+
+def test_progress_is_not_asked_of_the_device_at_each_step(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_PROGRESS_SECONDS", 1e9)
+    seen = []
+    run = loop.Run(loop.Settings(**SETTINGS), few, tmp_path)
+    run.train(lambda epoch, done, total, loss, rate: seen.append((epoch, done, total)))
+    assert [epoch for epoch, _, _ in seen] == list(range(run.settings.epochs))
+    assert all(done == total for _, done, total in seen)
+
+
 @pytest.mark.parametrize("loss", ["nan", "inf"])
 def test_what_a_diverged_epoch_computed_is_not_kept(loss, few, tmp_path, monkeypatch):
     run = loop.Run(loop.Settings(**SETTINGS), few, tmp_path)

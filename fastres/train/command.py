@@ -83,12 +83,28 @@ def run(arguments: argparse.Namespace) -> int:
     except DivergedError as error:
         print(f"fastres train: {error}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(
+            f"fastres train: out of memory at --batch-size {arguments.batch_size}, take a smaller one: "
+            f"{first_line(error)}",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print(f"\nfastres train: interrupted; --resume --out {arguments.out} goes on", file=sys.stderr)
         return 130
     print(f"results in {arguments.out}: checkpoint.pt, metrics.csv, curves.png")
     print(f"held-out accuracy {accuracy:.4f}")
     return 0
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # On the CPU PyTorch's error has no type of its own.
+    return any(words in str(error) for words in ("can't allocate memory", "not enough memory", "bad_alloc"))
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:

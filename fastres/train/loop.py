@@ -60,8 +60,12 @@ class Settings:
     cuda_graph: bool = False
 
 
-# Called after each batch: epoch, images done in it, images in it, their mean loss so far, images a second.
+# Called now and then, and at an epoch's end: epoch, images done in it, images in it, their mean loss so
+# far, images a second.
 Progress = Callable[[int, int, int, float, float], None]
+
+# Between two of these calls, apart from an epoch's last: each waits for the device.
+_PROGRESS_SECONDS = 0.1
 
 # What may differ between a run and its continuation.
 _FREE = {"workers", "device", "cuda_graph"}
@@ -182,6 +186,7 @@ class Run:
     def _train_epoch(self, epoch: int, progress: Progress | None) -> report.Epoch:
         self.model.train()
         total, done, started = len(self.data.train), 0, time.perf_counter()
+        shown = started
         loss_sum = torch.zeros((), device=self.settings.device)
         correct = torch.zeros((), device=self.settings.device)
         for images, labels in self._batches(total):
@@ -191,10 +196,12 @@ class Run:
             done += len(labels)
             loss_sum += loss * len(labels)
             correct += (output.argmax(1) == labels).sum()
-            if progress is not None:
+            now = time.perf_counter()
+            if progress is not None and (now - shown >= _PROGRESS_SECONDS or done >= total - 1):
+                shown = now
                 progress(epoch, done, total, loss_sum.item() / done, done / (time.perf_counter() - started))
-        rate = done / (time.perf_counter() - started)
-        return report.Epoch(epoch + 1, lr, loss_sum.item() / done, correct.item() / done, rate)
+        loss, accuracy = loss_sum.item() / done, correct.item() / done
+        return report.Epoch(epoch + 1, lr, loss, accuracy, done / (time.perf_counter() - started))
 
     def _train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad()
