@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -64,7 +65,10 @@ def run_kernels(folder: Path, built, sanitizer: str, change, kernels: str = TWO_
     watched = [f"-fsanitize={sanitizer}"] if sanitizer else []
     of_scheduler = ["-DFASTRES_EMU_THREAD_SANITIZER"] if sanitizer == "thread" else watched
     changed = ("launch.cu", "on_chip.cu", kernels)
-    objects = [compile(folder / "cuda" / name, folder, "-O1", *watched) for name in changed]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(
+            pool.map(lambda name: compile(folder / "cuda" / name, folder, "-O1", *watched), changed)
+        )
     objects += [built(f"emu/{name}", "-O1", *of_scheduler) for name in SCHEDULER]
     objects.append(built("emu/api.cpp", "-O1", *watched))
     others = sorted(file.name for file in (CSRC / "cuda").glob("*.cu") if file.name not in changed)
