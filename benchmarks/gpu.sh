@@ -135,6 +135,10 @@ if [[ -n $tune ]]; then
 fi
 start doctor 60 "$python" -m fastres doctor
 finish doctor
+if command -v cuobjdump >/dev/null && command -v nvdisasm >/dev/null; then
+    start kernels 60 "$python" benchmarks/cuda_kernels.py --json "$output-kernels.json"
+    finish kernels
+fi
 
 # Correctness: side by side, as nothing here is timed.
 mapfile -t files < <(grep -lw device tests/test_*.py)

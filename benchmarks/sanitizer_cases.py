@@ -11,7 +11,7 @@ from itertools import product
 
 import torch
 
-from fastres import ops  # registers the kernels
+from fastres import _C, ops  # ops registers the kernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -65,11 +65,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     device = parser.parse_args().device
-    cases = list(product(SHAPES, DTYPES, LAYOUTS))
-    for case in cases:
+    cases = list(product((0,), SHAPES, DTYPES, LAYOUTS))
+    if device == "cuda":  # batch norms in one launch, too
+        cases += product((1,), SHAPES, [torch.bfloat16], LAYOUTS)
+    for on_chip, *case in cases:
+        if device == "cuda":
+            _C.use_on_chip(on_chip)
         for tensor in run(*case, device):
             # Copied whole, so that initcheck sees an element that no kernel wrote.
-            assert tensor.cpu().isfinite().all(), f"not finite: {case}"
+            assert tensor.cpu().isfinite().all(), f"not finite: {case}, on chip: {on_chip}"
     print(f"{len(cases)} cases on {device}")
 
 
