@@ -192,7 +192,7 @@ class _ConvBnAct(torch.autograd.Function):
                 input, conv_weight, residual, running_mean, running_var, weight, bias, *rest
             )
         ctx.set_materialize_grads(False)
-        ctx.by, ctx.input_node, ctx.meeting = by, input_node, None
+        ctx.by, ctx.input_node, ctx.meetings = by, input_node, {}
         ctx.meet = ()
         if relu and residual is not None:
             ctx.meet = joining.nodes_that_meet(_ConvBnAct._backward_cls, input, residual)

@@ -12,10 +12,12 @@ _LONGEST_BRANCH = 8  # layers
 
 
 class Meeting:
-    """Of the nodes of one backward pass whose gradients of the same tensor are to be added up."""
+    """Of the nodes of one backward pass whose gradients of the same tensor are to be added up.
+
+    A node has one for each pass, which threads may run at the same time.
+    """
 
     def __init__(self, nodes: int) -> None:
-        self.task = torch._C._current_graph_task_id()
         self.expected, self.sum = nodes, None
 
 
@@ -67,7 +69,7 @@ def arrange(nodes: tuple, grad_residual: Tensor | None) -> Tensor | None:
         return grad_residual
     meeting = Meeting(len(nodes))
     for node in nodes:
-        node.meeting = meeting
+        node.meetings[torch._C._current_graph_task_id()] = meeting
     if len(nodes) > 1:
         return grad_residual
     meeting.sum = grad_residual
@@ -76,13 +78,12 @@ def arrange(nodes: tuple, grad_residual: Tensor | None) -> Tensor | None:
 
 def meeting_of(node) -> Meeting | None:
     """Where the node is expected in this pass."""
-    meeting = node.meeting
-    return meeting if meeting is not None and meeting.task == torch._C._current_graph_task_id() else None
+    return node.meetings.get(torch._C._current_graph_task_id())
 
 
 def leave(node, grad_input: Tensor | None) -> Tensor | None:
     """What the node gives to autograd of the gradient of its input, which has the meeting's sum in it."""
-    meeting, node.meeting = meeting_of(node), None
+    meeting = node.meetings.pop(torch._C._current_graph_task_id(), None)
     if meeting is None:
         return grad_input
     meeting.expected -= 1

@@ -85,12 +85,13 @@ def unpack(node) -> tuple[Tensor | None, ...]:
     The node itself asks, and the layer that uses its output. A later pass asks autograd anew, which checks
     that nothing was changed in the meantime.
     """
-    task = torch._C._current_graph_task_id()
-    if node.unpacked is None or node.unpacked[0] != task:
-        node.unpacked, node.output_again = (task, node.saved_tensors), None
+    task, unpacked = torch._C._current_graph_task_id(), node.unpacked
+    if unpacked is None or unpacked[0] != task:
+        unpacked = node.unpacked = task, node.saved_tensors
+        node.output_again = None
         if task != -1:  # the node itself may not be asked in this pass
             torch.autograd.Variable._execution_engine.queue_callback(lambda: forget(node))
-    return node.unpacked[1]
+    return unpacked[1]
 
 
 def forget(node) -> None:
@@ -102,8 +103,8 @@ def output_of(node) -> Tensor:
     input, output, weight, bias, mean, rstd = unpack(node)[:6]
     if node.keeps_output:
         return output
-    if node.output_again is not None:
-        return node.output_again
+    if (again := node.output_again) is not None:  # another pass may forget it meanwhile
+        return again
     residual = None if node.residual_node is None else output_of(node.residual_node)
     with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
         output = _bn_act_again(input, residual, weight, bias, mean, rstd, node.relu)

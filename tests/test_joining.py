@@ -1,5 +1,7 @@
 """A residual block's two gradients of its input, added up where the second of them is stored."""
 
+import threading
+
 import pytest
 import torch
 from layers import channels_last
@@ -204,6 +206,28 @@ def test_a_second_pass_through_a_retained_graph(block, images, apart):
         return first
 
     assert_equal(twice(), apart(twice))
+
+
+def test_two_passes_at_the_same_time(block, images, apart):
+    """Both are between the sum at the block's end and the branch's first layer when they go on."""
+    x = block.begin(images)
+    branch = block.branch(x)
+    loss = block.end(x, branch).square().sum()
+    weights = [block.convs[i].weight for i in range(4 if block.stride > 1 else 3)]
+    expected = torch.autograd.grad(loss, weights, retain_graph=True)
+    both, found = threading.Barrier(2, timeout=60), [None, None]
+    branch.register_hook(lambda grad: both.wait() * 0 + grad)
+
+    def run(i):
+        found[i] = torch.autograd.grad(loss, weights, retain_graph=True)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for gradients_of_one in found:
+        assert_equal(gradients_of_one, expected)
 
 
 def test_after_a_pass_that_failed(block, images, apart):

@@ -35,8 +35,8 @@ bool batch_norm_on_chip(const BnForward& args, void* workspace, Stream stream);
 bool batch_norm_backward_on_chip(const BnBackward& args, void* workspace, Stream stream);
 
 // Blocks that such a launch has on each multiprocessor, which share its memory: 1, 2, or 0 for no such
-// launch, as at first: no card has timed it, and it waits until all its blocks find room, which other kernels
-// may hold (a gradient's all-reduce, say). Throws std::invalid_argument for others.
+// launch, as at first: no card has timed it, and it waits until all its blocks find room, which other
+// kernels may hold (a gradient's all-reduce, say). Throws std::invalid_argument for others.
 void use_on_chip(int blocks_a_multiprocessor);
 
 }  // namespace fastres::cuda
