@@ -57,12 +57,8 @@ def run(model, input):
     return [output, input.grad, *(p.grad for p in model.parameters())]
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_gradients_are_the_same_to_the_bit(dtype, channels_last):
-    model, input = Chain(dtype), torch.randn(4, 8, 12, 12).to(dtype)
-    if channels_last:
-        input = input.to(memory_format=torch.channels_last)
+def assert_same_where_kept(model, input):
+    """To the bit, whether activations are made again or kept."""
     results = []
     for enabled in (True, False):
         before = set_recompute(enabled)
@@ -70,6 +66,15 @@ def test_gradients_are_the_same_to_the_bit(dtype, channels_last):
         set_recompute(before)
     for again, as_kept in zip(*results, strict=True):
         assert torch.equal(again, as_kept)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_gradients_are_the_same_to_the_bit(dtype, channels_last):
+    model, input = Chain(dtype), torch.randn(4, 8, 12, 12).to(dtype)
+    if channels_last:
+        input = input.to(memory_format=torch.channels_last)
+    assert_same_where_kept(model, input)
 
 
 def test_keeps_less_than_stock():
@@ -130,13 +135,7 @@ def test_of_a_long_chain_of_sums_few_are_kept():
         blocks(input)
     activations = count() // (input.numel() * input.element_size())
     assert activations == 14 + 1 + 2  # outputs of convolutions, the input, sums
-    results = []
-    for enabled in (True, False):
-        before = set_recompute(enabled)
-        results.append(run(blocks, input))
-        set_recompute(before)
-    for again, as_kept in zip(*results, strict=True):
-        assert torch.equal(again, as_kept)
+    assert_same_where_kept(blocks, input)
 
 
 def test_a_checkpointed_block_does_not_compute_the_one_before_again():
