@@ -1,8 +1,8 @@
 """What the compiler made of each CUDA kernel: nothing here runs, so that no GPU is needed.
 
-    python benchmarks/cuda_kernels.py [--library fastres/_C*.so] [--json FILE] [--all]
+    python benchmarks/cuda_kernels.py [--extension fastres/_C*.so] [--json FILE] [--all]
 
-Of each kernel and architecture in the built library: registers, bytes of stack (which spills take) and of
+Of each kernel and architecture in the built extension: registers, bytes of stack (which spills take) and of
 its own shared memory, the blocks that a multiprocessor then holds, and how wide the loads and stores in its
 machine code are. The *_on_chip kernels are launched with most of a multiprocessor's shared memory on top,
 and so with 1 block, or 2. Needs cuobjdump and nvdisasm, which come with CUDA or from PyPI
@@ -76,10 +76,10 @@ def accesses(listing: str) -> dict[tuple[str, str], Counter]:
     return found
 
 
-def report(library: Path) -> list[dict]:
+def report(extension: Path) -> list[dict]:
     def cuobjdump(option):
         return subprocess.run(
-            ["cuobjdump", option, library], capture_output=True, text=True, check=True
+            ["cuobjdump", option, extension], capture_output=True, text=True, check=True
         ).stdout
 
     usage, counts = resources(cuobjdump("--dump-resource-usage")), accesses(cuobjdump("-sass"))
@@ -139,19 +139,19 @@ def is_vector_kernel_of_hopper(row: dict) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--library", type=Path, help="(default: the one in fastres/)")
+    parser.add_argument("--extension", type=Path, help="(default: the one in fastres/)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--all", action="store_true", help="every architecture and kernel in the table")
     args = parser.parse_args()
     for tool in ("cuobjdump", "nvdisasm"):
         if not shutil.which(tool):
             raise SystemExit(f"cuda_kernels.py: there is no {tool} on the PATH")
-    libraries = [args.library] if args.library else sorted((ROOT / "fastres").glob("_C*.so"))
-    if not libraries:
+    built = [args.extension] if args.extension else sorted((ROOT / "fastres").glob("_C*.so"))
+    if not built:
         raise SystemExit("cuda_kernels.py: fastres is not built")
-    rows = report(libraries[0])
+    rows = report(built[0])
     if not rows:
-        raise SystemExit(f"cuda_kernels.py: {libraries[0]} holds no CUDA kernel")
+        raise SystemExit(f"cuda_kernels.py: {built[0]} holds no CUDA kernel")
     shown = rows if args.all else [row for row in rows if is_vector_kernel_of_hopper(row)]
     print_table(shown or rows)
     print_summary(rows)

@@ -93,16 +93,18 @@ def covered(
     return by if fits else None
 
 
-def expected_faster(by: Geometry, input: Tensor, weight: Tensor, needs_grad: bool) -> bool:
-    """Whether our convolution is, as a rule, faster than PyTorch's."""
-    if (_C.cpu_isa(), compute_dtype(input)) in untimed:
+def expected_faster(
+    by: Geometry, input: Tensor, weight: Tensor, dtype: torch.dtype, needs_grad: bool
+) -> bool:
+    """Whether our convolution, computed in `dtype`, is as a rule faster than PyTorch's."""
+    if (_C.cpu_isa(), dtype) in untimed:
         return False
     batch, channels, height, width = by.output_size(input, weight)
     values, in_channels = batch * channels * height * width, weight.size(1)
     if min(channels, in_channels) >= _LEAST_CHANNELS or values <= kernels.few_values:
         return True
     of_images = in_channels <= _MOST_IMAGE_CHANNELS and channels >= _LEAST_CHANNELS
-    fast = of_images and compute_dtype(input) == torch.float32 and values >= _MANY_VALUES
+    fast = of_images and dtype == torch.float32 and values >= _MANY_VALUES
     return fast and not needs_grad
 
 
@@ -193,42 +195,30 @@ class _ConvBnAct(torch.autograd.Function):
             )
         ctx.set_materialize_grads(False)
         ctx.by, ctx.input_node, ctx.meetings = by, input_node, {}
-        ctx.meet = ()
-        if relu and residual is not None:
-            ctx.meet = joining.nodes_that_meet(_ConvBnAct._backward_cls, input, residual)
+        joins = relu and residual is not None
+        ctx.meet = joining.nodes_that_meet(_ConvBnAct._backward_cls, input, residual) if joins else ()
         kept = recompute.keep_for_mask(ctx, output, residual, relu)
         ctx.save_for_backward(conv_output, kept, weight, bias, mean, rstd, input, conv_weight)
         return output
 
     @staticmethod
     def backward(ctx, grad):
-        meeting = joining.meeting_of(ctx)
-        waiting = None if meeting is None else meeting.sum
         if grad is None:
-            return None, joining.leave(ctx, waiting), *(None,) * 12
-        conv_output, output, weight, bias, mean, rstd, input, conv_weight = recompute.unpack(ctx)
-        if ctx.relu and ctx.has_residual:
-            output = recompute.output_of(ctx)
-        recompute.forget(ctx)
-        saved = (conv_output, output, weight, bias, mean, rstd, input, conv_weight)
+            return None, joining.leave(ctx, joining.waiting_for(ctx)), *(None,) * 12
+        saved = recompute.take(ctx)
+        _, _, weight, bias, *_ = saved
+        differentiate = _differentiably if torch.is_grad_enabled() else _by_kernel
+        grad_input, grad_conv_weight, grad_residual, grad_weight, grad_bias = differentiate(
+            ctx, grad, *saved
+        )
         _, needs_input, needs_conv_weight, needs_residual, _, _, needs_weight, needs_bias, *_ = (
             ctx.needs_input_grad
         )
-        if torch.is_grad_enabled():
-            gradients = _differentiably(ctx, grad, *saved)
-        else:
-            gradients = _by_kernel(ctx, grad, waiting, *saved)
-        grad_input, grad_conv_weight, grad_residual, grad_weight, grad_bias = gradients
-        grad_input = grad_input if needs_input else None
-        grad_residual = grad_residual if needs_residual else None
-        if not torch.is_grad_enabled():
-            grad_input = joining.leave(ctx, grad_input)
-            grad_residual = joining.arrange(ctx.meet, grad_residual) if ctx.meet else grad_residual
         return (
             None,
-            grad_input,
+            grad_input if needs_input else None,
             grad_conv_weight if needs_conv_weight else None,
-            grad_residual,
+            grad_residual if needs_residual else None,
             None,
             None,
             grad_weight.to(weight.dtype) if needs_weight else None,
@@ -237,7 +227,7 @@ class _ConvBnAct(torch.autograd.Function):
         )
 
 
-def _by_kernel(ctx, grad, add_to, conv_output, output, weight, bias, mean, rstd, input, conv_weight):
+def _by_kernel(ctx, grad, conv_output, output, weight, bias, mean, rstd, input, conv_weight):
     before = (None, None, None, None, False)
     node = ctx.input_node
     if node is not None:
@@ -250,6 +240,7 @@ def _by_kernel(ctx, grad, add_to, conv_output, output, weight, bias, mean, rstd,
             input, _, *before = recompute.unpack(node)[:6]
             before.append(node.relu)
     grad = kernels.in_layout_of(grad, conv_output)
+    add_to, needs_input = joining.waiting_for(ctx), ctx.needs_input_grad[1]
     with torch._C._AutoDispatchBelowAutograd():
         grad_input, grad_conv_weight, grad_residual, *grad_norm = _bn_act_backward(
             grad,
@@ -265,11 +256,14 @@ def _by_kernel(ctx, grad, add_to, conv_output, output, weight, bias, mean, rstd,
             conv_weight,
             *ctx.by,
             add_to,
-            ctx.needs_input_grad[1],
+            needs_input,
             ctx.needs_input_grad[2],
         )
     grad_input = grad_input if add_to is None else add_to
-    return grad_input, grad_conv_weight, grad if output is None else grad_residual, *grad_norm
+    grad_input = joining.leave(ctx, grad_input if needs_input else None)
+    grad_residual = grad if output is None else grad_residual
+    grad_residual = joining.arrange(ctx.meet, grad_residual if ctx.needs_input_grad[3] else None)
+    return grad_input, grad_conv_weight, grad_residual, *grad_norm
 
 
 def _differentiably(ctx, grad, conv_output, output, weight, bias, mean, rstd, input, conv_weight):

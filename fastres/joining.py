@@ -60,12 +60,14 @@ def arrange(nodes: tuple, grad_residual: Tensor | None) -> Tensor | None:
     """Have the nodes meet later in this pass.
 
     Args:
+        nodes: as nodes_that_meet found them.
         grad_residual: of the sum at the block's end.
 
     Returns:
         What is left of it for autograd: nothing, where a single node waits for it.
     """
-    if grad_residual is None or any(meeting_of(node) is not None for node in nodes):
+    met_already = any(_meeting_of(node) is not None for node in nodes)
+    if not nodes or grad_residual is None or met_already:
         return grad_residual
     meeting = Meeting(len(nodes))
     for node in nodes:
@@ -76,9 +78,15 @@ def arrange(nodes: tuple, grad_residual: Tensor | None) -> Tensor | None:
     return None
 
 
-def meeting_of(node) -> Meeting | None:
+def _meeting_of(node) -> Meeting | None:
     """Where the node is expected in this pass."""
     return node.meetings.get(torch._C._current_graph_task_id())
+
+
+def waiting_for(node) -> Tensor | None:
+    """The gradient of the node's input that another left, to which it adds its own."""
+    meeting = _meeting_of(node)
+    return None if meeting is None else meeting.sum
 
 
 def leave(node, grad_input: Tensor | None) -> Tensor | None:

@@ -94,10 +94,7 @@ class _BnAct(torch.autograd.Function):
     def backward(ctx, grad):
         if grad is None:
             return (None,) * 11
-        input, output, weight, bias, mean, rstd = recompute.unpack(ctx)
-        if ctx.relu and ctx.has_residual:
-            output = recompute.output_of(ctx)
-        recompute.forget(ctx)
+        input, output, weight, bias, mean, rstd = recompute.take(ctx)
         grad = in_layout_of(grad, input)
         arguments = (grad, input, output, weight, bias, mean, rstd, ctx.training, ctx.relu)
         if torch.is_grad_enabled():  # a second derivative may be asked for

@@ -98,6 +98,15 @@ def forget(node) -> None:
     node.unpacked = node.output_again = None
 
 
+def take(node) -> tuple[Tensor | None, ...]:
+    """What the node saved, for its own gradient; in second place the output if its mask is from that."""
+    saved = unpack(node)
+    if node.relu and node.has_residual:
+        saved = saved[0], output_of(node), *saved[2:]
+    forget(node)
+    return saved
+
+
 def output_of(node) -> Tensor:
     """The output of a node that keeps it or makes it again, from what it saved."""
     input, output, weight, bias, mean, rstd = unpack(node)[:6]

@@ -8,7 +8,7 @@ from layers import channels_last
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from fastres import joining, sites
+from fastres import joining, models, sites
 
 CHANNELS = 32
 
@@ -110,8 +110,6 @@ def test_low_precision_rounds_the_sum_once(block, images, apart, dtype):
 
 
 def test_whole_models(apart):
-    from fastres import models
-
     for make in (models.resnet18, models.resnet50):
         torch.manual_seed(0)
         model = make(num_classes=10).to(memory_format=torch.channels_last)
