@@ -11,9 +11,12 @@ import pytest
 import torch
 from convolving import BY_WINOGRAD, DIRECTLY
 from layers import DTYPES, units
+from PIL import Image
+from torch.utils.data import TensorDataset
 
 from fastres import _C, convolution, kernels, tuning
 from fastres.recompute import set_recompute
+from fastres.train import data as train_data
 
 _declared = []  # keeps the library's registrations alive
 
@@ -150,6 +153,26 @@ def recompute(request):
     before = set_recompute(request.param)
     yield request.param
     set_recompute(before)
+
+
+@pytest.fixture(scope="module")
+def few():
+    """Digits enough for a few batches."""
+    digits = train_data.digits()
+    digits.train, digits.test = (TensorDataset(*part[:48]) for part in (digits.train, digits.test))
+    return digits
+
+
+@pytest.fixture
+def folder_of_images(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(10):
+            size = (40 + 3 * i, 50, 3)
+            pixels = torch.randint(0, 128, size, generator=generator) + (100 if name == "dog" else 0)
+            Image.fromarray(pixels.byte().numpy()).save(tmp_path / "images" / name / f"{i}.png")
+    return tmp_path / "images"
 
 
 @pytest.fixture(scope="session")
