@@ -35,7 +35,7 @@ _LEAST_PIXELS = 8
 
 
 class Geometry(NamedTuple):
-    """Of a convolution: two integers each."""
+    """Of a convolution: two integers each. How many groups there are, input and weight tell together."""
 
     stride: tuple[int, int]
     padding: tuple[int, int]
@@ -49,6 +49,10 @@ class Geometry(NamedTuple):
         height = (height + 2 * padding_h - dilation_h * (kernel_h - 1) - 1) // stride_h + 1
         width = (width + 2 * padding_w - dilation_w * (kernel_w - 1) - 1) // stride_w + 1
         return batch, channels, height, width
+
+
+def groups_of(input: Tensor, weight: Tensor) -> int:
+    return input.size(1) // max(1, weight.size(1))
 
 
 def compute_dtype(input: Tensor) -> torch.dtype:
@@ -69,14 +73,15 @@ def covered(
     """The geometry, if the kernels run this convolution."""
     if input.device.type != "cpu" or weight.device.type != "cpu":
         return None
-    if groups != 1 or input.dim() != 4 or weight.dim() != 4:
+    if input.dim() != 4 or weight.dim() != 4:
         return None
     by, dtype = _geometry(stride, padding, dilation), compute_dtype(input)
     if by is None:
         return None
-    if not kernels.is_channels_last(input) or input.size(1) != weight.size(1):
+    if not kernels.is_channels_last(input) or input.size(1) != groups * weight.size(1):
         return None
-    if dtype not in _DTYPES or not _C.convolves(_DTYPES[dtype]):
+    channels = (input.size(1), weight.size(0))
+    if dtype not in _DTYPES or not _C.convolves(_DTYPES[dtype], *channels, groups):
         return None
     same_dtype = input.dtype == weight.dtype == dtype
     if not (same_dtype or (torch.is_autocast_enabled("cpu") and weight.dtype in (dtype, torch.float32))):
@@ -100,7 +105,7 @@ def expected_faster(
     if (_C.cpu_isa(), dtype) in untimed:
         return False
     batch, channels, height, width = by.output_size(input, weight)
-    values, in_channels = batch * channels * height * width, weight.size(1)
+    values, in_channels = batch * channels * height * width, input.size(1)
     if min(channels, in_channels) >= _LEAST_CHANNELS or values <= kernels.few_values:
         return True
     of_images = in_channels <= _MOST_IMAGE_CHANNELS and channels >= _LEAST_CHANNELS
@@ -271,12 +276,13 @@ def _differentiably(ctx, grad, conv_output, output, weight, bias, mean, rstd, in
     if ctx.input_node is not None:
         input = _InPlaceOf.apply(input, recompute.output_of(ctx.input_node))
     cast_weight = conv_weight.to(input.dtype)
-    conv_output = F.conv2d(input, cast_weight, None, *ctx.by)
+    groups = groups_of(input, cast_weight)
+    conv_output = F.conv2d(input, cast_weight, None, *ctx.by, groups)
     grad_conv_output, grad_residual, *grad_norm = composed.bn_act_backward(
         grad.to(conv_output.dtype), conv_output, output, weight, bias, mean, rstd, True, ctx.relu
     )
     grad_input, grad_conv_weight, _ = torch.ops.aten.convolution_backward(
-        grad_conv_output, input, cast_weight, None, *ctx.by, False, [0, 0], 1, [True, True, False]
+        grad_conv_output, input, cast_weight, None, *ctx.by, False, [0, 0], groups, [True, True, False]
     )
     grad_residual = grad if output is None else grad_residual
     return grad_input, grad_conv_weight.to(conv_weight.dtype), grad_residual, *grad_norm

@@ -43,7 +43,8 @@ def packed(weight: Tensor, input: Tensor, stride, dilation) -> Tensor | None:
         return None
     kept = _kept[weight]
     kept.forget_old(weight)
-    key = input.dtype, stride, dilation, _C.cpu_isa()
+    groups = input.size(1) // weight.size(1)
+    key = input.dtype, stride, dilation, groups, _C.cpu_isa()
     if key not in kept.by_key:
-        kept.by_key[key] = _pack(weight, input, stride, dilation)
+        kept.by_key[key] = _pack(weight, input, stride, dilation, groups)
     return kept.by_key[key]

@@ -265,10 +265,9 @@ def _call(layer: Layer, ours: bool):
     channels = layer.weight[0]
     mean, bias = torch.zeros(2, channels, dtype=torch.float32, device="cpu")
     var, factor = torch.ones(2, channels, dtype=torch.float32, device="cpu")
+    geometry = (layer.stride, layer.padding, layer.dilation, layer.input[1] // layer.weight[1])
     with torch.no_grad():
-        size = torch.nn.functional.conv2d(
-            input[:1].float(), weight.float(), None, layer.stride, layer.padding, layer.dilation
-        ).shape
+        size = torch.nn.functional.conv2d(input[:1].float(), weight.float(), None, *geometry).shape
     residual = randn((layer.input[0], *size[1:]), dtype) if layer.residual else None
     grad = randn((layer.input[0], *size[1:]), dtype)
     learned = [weight, factor, bias]
@@ -279,7 +278,7 @@ def _call(layer: Layer, ours: bool):
     if layer.packed:
         keep_packed(weight)
     arguments = (input, weight, mean, var, factor, bias, residual, None)
-    arguments += (layer.stride, layer.padding, layer.dilation, 1, layer.training, 0.1, 1e-5, True, None)
+    arguments += (*geometry, layer.training, 0.1, 1e-5, True, None)
 
     def call() -> None:
         autocast = torch.autocast("cpu", dtype, enabled=dtype != weight_dtype)

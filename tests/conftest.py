@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from convolving import BY_WINOGRAD, DIRECTLY
+from convolving import BY_GROUPS, BY_WINOGRAD, DIRECTLY
 from layers import DTYPES, units
 from PIL import Image
 from torch.utils.data import TensorDataset
@@ -134,11 +134,11 @@ def threads(request, one_thread):
     return request.param
 
 
-@pytest.fixture(params=[DIRECTLY, BY_WINOGRAD], ids=["direct", "winograd"])
-def way(request):
-    """How 3x3 convolutions are multiplied, small ones as well."""
+@pytest.fixture(params=[DIRECTLY, BY_WINOGRAD, BY_GROUPS], ids=["direct", "winograd", "groups"])
+def way(request, unit):
+    """How convolutions are multiplied, 3x3 ones of few pixels as well."""
     _C.use_winograd(request.param.use_winograd)
-    yield request.param
+    yield request.param.covered(str(unit).removeprefix("torch."))
     _C.use_winograd("faster")
 
 

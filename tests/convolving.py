@@ -11,7 +11,7 @@ from accuracy import FACTOR, rms
 from layers import channels_last
 from torch.nn import functional as F
 
-from fastres import memory
+from fastres import _C, memory
 
 KERNELS = torch.ops.fastres
 
@@ -44,6 +44,7 @@ class Shape(NamedTuple):
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
 
     @property
     def by(self):
@@ -64,8 +65,8 @@ class Shape(NamedTuple):
             for k, s, d in zip(self.kernel, self.stride, self.dilation, strict=True)
         ]
         return (
-            self.in_channels * math.prod(self.kernel),
-            self.out_channels * math.prod(taps),
+            self.in_channels // self.groups * math.prod(self.kernel),
+            self.out_channels // self.groups * math.prod(taps),
             self.batch * math.prod(self.out),
         )
 
@@ -77,7 +78,7 @@ class Shape(NamedTuple):
             return channels_last(torch.randn(size, generator=generator).to(dtype))
 
         scale = 1 / math.sqrt(self.terms[0])
-        weight = randn(self.out_channels, self.in_channels, *self.kernel).mul_(scale)
+        weight = randn(self.out_channels, self.in_channels // self.groups, *self.kernel).mul_(scale)
         return (
             randn(self.batch, self.in_channels, *self.image),
             weight,
@@ -136,6 +137,34 @@ WINOGRAD_SHAPES = [
 ]
 
 
+def grouped(channels: int, groups: int, image, *geometry, batch: int = 2) -> Shape:
+    """Of groups of so many channels each."""
+    total = channels * groups
+    return Shape(batch, total, total, image)._replace(
+        **dict(zip(("kernel", "stride", "padding", "dilation"), geometry, strict=False)), groups=groups
+    )
+
+
+GROUPED_SHAPES = [
+    grouped(4, 32, (9, 14), (3, 3), (1, 1), (1, 1)),
+    grouped(8, 3, (14, 15), (3, 3), (2, 2), (1, 1), batch=3),
+    grouped(16, 5, (7, 7), (3, 3), (1, 1), (1, 1), batch=6),  # several boxes of images
+    grouped(32, 3, (9, 6), (3, 3), (2, 1), (0, 2)),
+    grouped(64, 2, (7, 5), (3, 3), (1, 1), (1, 1)),
+    grouped(4, 3, (5, 8), (1, 1), (1, 1)),
+    grouped(8, 9, (8, 9), (1, 1), (2, 2)),
+    grouped(16, 2, (10, 11), (3, 3), (1, 1), (2, 2), (2, 2)),
+    grouped(4, 5, (9, 12), (5, 2), (1, 2), (2, 1), (1, 2)),
+    grouped(8, 2, (6, 10), (1, 2), (1, 1), (0, 1), (1, 2)),
+    grouped(32, 2, (4, 9), (2, 3), (1, 3), (1, 2)),
+    grouped(64, 1, (5, 5), (3, 3), (1, 1), (1, 1)),  # one group is none
+    grouped(4, 17, (2, 460), (3, 3), (1, 1), (1, 1)),  # a row is more than a box
+    grouped(8, 8, (1, 1), (3, 3), (1, 1), (1, 1), batch=5),  # sees its padding on all sides
+    grouped(4, 4, (1, 2), (3, 7), (2, 2), (4, 6), (1, 2)),  # padding is wider than the image
+    grouped(16, 3, (9, 9), (1, 1), (3, 3)),  # most pixels of the input have no gradient
+]
+
+
 EPILOGUE_SHAPES = [
     Shape(2, 16, 64, (7, 9), (3, 3), (1, 1), (1, 1)),
     Shape(3, 5, 65, (6, 4), (1, 1)),
@@ -145,11 +174,17 @@ EPILOGUE_SHAPES = [
 
 
 class Way(NamedTuple):
-    """How 3x3 convolutions are multiplied: what _C.use_winograd is told, and shapes for its tests."""
+    """How convolutions are multiplied: what _C.use_winograd is told, and shapes for its tests."""
 
     use_winograd: str
     shapes: list[Shape]
     most_pixels_of_a_box: int
+
+    def covered(self, dtype: str) -> "Way":
+        """The shapes that the instruction set in use has kernels for."""
+        return self._replace(
+            shapes=[s for s in self.shapes if _C.convolves(dtype, s.in_channels, s.out_channels, s.groups)]
+        )
 
     def some(self, every: int) -> list[Shape]:
         """Every `every`-th, where there are many."""
@@ -158,6 +193,7 @@ class Way(NamedTuple):
 
 DIRECTLY = Way("never", SHAPES, 256)
 BY_WINOGRAD = Way("possible", WINOGRAD_SHAPES, 512)
+BY_GROUPS = Way("never", GROUPED_SHAPES, 512)
 
 
 def resnet50(image: int) -> list[Shape]:
@@ -183,9 +219,9 @@ def resnet50(image: int) -> list[Shape]:
 def stock(input, weight, grad, shape: Shape):
     """Output, gradient of the input and of the weight, by PyTorch."""
     grads = torch.ops.aten.convolution_backward(
-        grad, input, weight, None, *shape.by, False, [0, 0], 1, [True, True, False]
+        grad, input, weight, None, *shape.by, False, [0, 0], shape.groups, [True, True, False]
     )
-    return F.conv2d(input, weight, None, *shape.by), grads[0], grads[1]
+    return F.conv2d(input, weight, None, *shape.by, shape.groups), grads[0], grads[1]
 
 
 def ours(input, weight, grad, shape: Shape):

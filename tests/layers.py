@@ -85,26 +85,30 @@ class Case:
     ):
         self.precision, self.by = precision, dict(stride=1, padding=kernel // 2, training=True) | by
         self.by |= dict(momentum=0.3, eps=1e-3)
+        of_group = channels[0] // self.by.get("groups", 1)
         self.values = {
             "input": channels_last(torch.randn(batch, channels[0], *image).to(precision.activations)),
-            "weight": torch.randn(channels[1], channels[0], kernel, kernel) / (channels[0] ** 0.5 * kernel),
+            "weight": torch.randn(channels[1], of_group, kernel, kernel) / (of_group**0.5 * kernel),
             "bn_weight": torch.rand(channels[1]) + 0.5,
             "bn_bias": torch.randn(channels[1]),
             "running_mean": torch.randn(channels[1]),
             "running_var": torch.rand(channels[1]) + 0.5,
         }
         self.values["weight"] = self.values["weight"].to(precision.weights)
-        geometry = (self.by["stride"], self.by["padding"], self.by.get("dilation", 1))
-        size = F.conv2d(self.values["input"].float(), self.values["weight"].float(), None, *geometry).shape
+        size = F.conv2d(self.values["input"].float(), self.values["weight"].float(), **self.geometry).shape
         if residual:
             self.values["residual"] = channels_last(torch.randn(size).to(precision.activations))
         self.grad = channels_last(torch.randn(size).to(precision.activations))
 
+    @property
+    def geometry(self) -> dict:
+        names = ("stride", "padding", "dilation", "groups")
+        return {name: value for name, value in self.by.items() if name in names}
+
     def keep_off_the_kink(self) -> None:
         """Let no gradient come from where the ReLU's mask is a matter of rounding."""
         values = {name: value.double() for name, value in self.values.items()}
-        by = {name: value for name, value in self.by.items() if name in ("stride", "padding", "dilation")}
-        products = F.conv2d(values["input"], values["weight"], **by)
+        products = F.conv2d(values["input"], values["weight"], **self.geometry)
         output = conv_bn_relu(**values, **self.by | dict(activation=None))
         scale = (products.var((0, 2, 3), keepdim=True, unbiased=False) + self.by["eps"]).rsqrt()
         if "bn_weight" in values:

@@ -84,6 +84,8 @@ BAD = [
     (_forward, dict(input=X.int()), "input has an unsupported dtype"),
     (_forward, dict(input=X.double(), weight=W.double()), "float64"),
     (_forward, dict(input=X[:, :3]), "weight takes 4 input channels, input has 3"),
+    (_forward, dict(weight=W[:, :2]), "no kernel for 2 groups of 2 input channels and 5 output channels"),
+    (_forward, dict(weight=W[:, :0]), "weight takes 0 input channels, input has 4"),
     (_forward, dict(weight=torch.randn(5, 4, 7, 1)), "the kernel is larger than the padded input"),
     (_forward, dict(dilation=[1, 3]), "the kernel is larger than the padded input"),
     (_forward, dict(residual=G[0]), "residual is not a 4-d tensor on the CPU"),
@@ -186,12 +188,12 @@ def _bn_act_eval(packed, input=X, weight=W):
         lambda packed: packed[:-1],
         lambda packed: packed.view(torch.float32),
         lambda packed: torch.zeros_like(packed),
-        lambda packed: KERNELS.conv_pack_weight(W[:, :3], X, ONE, ONE),
+        lambda packed: KERNELS.conv_pack_weight(W[:, :3], X, ONE, ONE, 1),
     ],
     ids=["too short", "no bytes", "no header", "another weight's"],
 )
 def test_a_weight_that_is_packed_otherwise(spoil):
-    packed = KERNELS.conv_pack_weight(W, X, ONE, ONE)
+    packed = KERNELS.conv_pack_weight(W, X, ONE, ONE, 1)
     assert _bn_act_eval(packed).shape == (2, 5, 4, 4)
     with pytest.raises(
         RuntimeError, match="fastres::conv_bn_act_eval: packed is not what conv_pack_weight"
@@ -203,7 +205,7 @@ def test_a_weight_that_another_instruction_set_packed():
     isas = [isa for isa in _C.cpu_isas() if isa != "scalar"]
     if len(isas) < 2:
         pytest.skip("one instruction set has convolutions")
-    packed = KERNELS.conv_pack_weight(W, X, ONE, ONE)
+    packed = KERNELS.conv_pack_weight(W, X, ONE, ONE, 1)
     before = _C.cpu_isa()
     _C.select_cpu_isa(next(isa for isa in isas if isa != before))
     try:
@@ -218,3 +220,21 @@ def test_no_images(isa):
     assert _forward(input).shape == (0, 5, 4, 4)
     assert _backward_input(grad, input_size=input.shape).shape == (0, 4, 6, 6)
     assert torch.equal(_backward_weight(grad, input), torch.zeros_like(W))
+
+
+@pytest.mark.parametrize(
+    "groups, channels, covered",
+    [(1, (5, 7), True), (3, (4, 4), True), (2, (16, 16), True), (2, (4, 8), False), (2, (2, 2), False)]
+    + [(2, (12, 12), False), (1, (256, 256), True), (2, (256, 256), False)],
+)
+def test_which_groups_have_kernels(unit, groups, channels, covered):
+    """Of as many channels in as out: a power of two from 4 to a block."""
+    inputs, outputs = (groups * c for c in channels)
+    dtype = str(unit).removeprefix("torch.")
+    assert _C.convolves(dtype, inputs, outputs, groups) == covered
+    tensors = channels_last(torch.randn(1, inputs, 5, 5).to(unit)), torch.randn(outputs, channels[0], 3, 3)
+    if covered:
+        assert _forward(*tensors).shape == (1, outputs, 3, 3)
+    else:
+        with pytest.raises(RuntimeError, match=f"no kernel for {groups} groups of {channels[0]} input"):
+            _forward(*tensors)

@@ -72,7 +72,7 @@ def test_packed_once_for_any_size(unit, way):
     found = []
     for shape in way.some(3):
         input, weight, _ = shape.tensors(unit)
-        packed = KERNELS.conv_pack_weight(weight, input, shape.stride, shape.dilation)
+        packed = KERNELS.conv_pack_weight(weight, input, shape.stride, shape.dilation, shape.groups)
         height, width = shape.image
         for other in (shape, shape._replace(batch=shape.batch + 3, image=(height + 11, width + 2))):
             input, same_weight, _ = other.tensors(unit)
@@ -93,7 +93,7 @@ def test_every_part_of_the_epilogue(isa):
     conv_bias, mean, factor, bias = torch.randn(4, shape.out_channels)
     var = torch.rand(shape.out_channels) + 0.5
     for packs in (False, True):
-        packed = KERNELS.conv_pack_weight(weight, input, shape.stride, shape.dilation) if packs else None
+        packed = KERNELS.conv_pack_weight(weight, input, shape.stride, shape.dilation, 1) if packs else None
         output = KERNELS.conv_bn_act_eval(
             input, weight, packed, conv_bias, residual, mean, var, factor, bias, *shape.by, 0.1, True
         )

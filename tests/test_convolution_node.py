@@ -36,6 +36,12 @@ def test_channels_that_fill_no_vector(precision, threads):
     Case(precision, channels=(17, 67), kernel=3, image=(13, 29), dilation=2, padding=(3, 1)).check()
 
 
+@pytest.mark.parametrize("channels, groups, stride", [(32, 8, 1), (64, 8, 2), (48, 3, 1)])
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
+def test_groups(precision, channels, groups, stride):
+    Case(precision, channels=(channels, channels), groups=groups, stride=stride).check()
+
+
 @pytest.mark.parametrize(
     "batch, image", [(1, (3, 3)), (1, (7, 7)), (1, (13, 17)), (2, (11, 12)), (3, (13, 13))], ids=str
 )
@@ -338,8 +344,9 @@ def second_derivative(function, case: Case, layers: int, double: bool) -> list[t
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-def test_second_derivatives(layers, residual, recompute):
-    case = Case(residual=residual, channels=(48, 48), image=(9, 10), activation="relu")
+@pytest.mark.parametrize("groups", [1, 12])
+def test_second_derivatives(layers, residual, groups, recompute):
+    case = Case(residual=residual, channels=(48, 48), image=(9, 10), activation="relu", groups=groups)
     results = [
         second_derivative(function, case, layers, double)
         for function, double in ((ops.conv_bn_relu, False), (conv_bn_relu, False), (conv_bn_relu, True))

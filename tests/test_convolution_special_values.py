@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from convolving import BY_WINOGRAD, KERNELS, NAMES, Shape, ours, resnet50, stock
+from convolving import BY_WINOGRAD, KERNELS, NAMES, Shape, grouped, ours, resnet50, stock
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # small tasks take longer on two of a busy machine
 
@@ -11,6 +11,8 @@ SPECIAL = [
     Shape(2, 16, 64, (7, 9), (3, 3), (1, 1), (1, 1)),
     Shape(2, 65, 5, (8, 5), (3, 2), (2, 3), (2, 0), (1, 2)),
     Shape(3, 5, 65, (6, 4), (1, 1), (2, 2)),
+    grouped(4, 5, (9, 8), (3, 3), (1, 1), (1, 1)),
+    grouped(16, 2, (8, 7), (3, 3), (2, 2), (1, 1)),
 ]
 
 
@@ -43,7 +45,7 @@ def test_nan_and_inf_go_where_they_are_multiplied(unit, shape, value):
 
 @pytest.mark.parametrize("way", [BY_WINOGRAD], ids=["winograd"], indirect=True)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_winograds_sums_of_what_is_not_finite(value, way):
+def test_winograds_sums_of_what_is_not_finite(unit, value, way):
     """They are not finite where stock's are not; differences of infinities are NaN."""
     for shape in way.shapes[:5:2]:
         for place in ((0, 0, 0, 0), (1, 3, 2, 1), (1, 4, 5, 3)):

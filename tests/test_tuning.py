@@ -111,6 +111,7 @@ CASES = {
     "training": lambda: Case(),
     "strided": lambda: Case(residual=False, stride=2),
     "evaluation": lambda: Case(training=False),
+    "groups": lambda: Case(channels=(32, 32), groups=8),
     "autocast": lambda: Case(PRECISIONS["bfloat16-autocast"]),
     "narrow": lambda: Case(PRECISIONS["float16"], channels=(16, 24)),
 }

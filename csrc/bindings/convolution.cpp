@@ -14,6 +14,7 @@
 #include "bindings/tensor.h"
 #include "core/conv2d.h"
 #include "cpu/batch_norm.h"
+#include "cpu/conv_groups.h"
 #include "cpu/isa.h"
 
 namespace fastres::bindings {
@@ -33,21 +34,15 @@ void check_kernels(const char* op, Dtype dtype) {
              "no kernel for " + std::string(name(dtype)) + " with instruction set " + cpu::kernels().isa);
 }
 
-Dtype check_activation(const char* op, const char* argument, const Tensor& tensor, const Ints& size) {
+void check_operand(const char* op, const char* argument, const Tensor& tensor, const Ints& size,
+                   Dtype dtype) {
     if (tensor.dim() != 4 || !tensor.is_cpu())
         fail(op, std::string(argument) + " is not a 4-d tensor on the CPU");
     for (int64_t i = 0; i < 4; ++i)
         if (tensor.size(i) != size[i])
             fail(op, std::string(argument) + " has another shape than the convolution gives it");
     if (!is_channels_last(tensor)) fail(op, std::string(argument) + " is not channels last");
-    const Dtype dtype = dtype_of(op, argument, tensor);
-    check_kernels(op, dtype);
-    return dtype;
-}
-
-void check_operand(const char* op, const char* argument, const Tensor& tensor, const Ints& size,
-                   Dtype dtype) {
-    if (check_activation(op, argument, tensor, size) != dtype)
+    if (dtype_of(op, argument, tensor) != dtype)
         fail(op, std::string(argument) + " is not of dtype " + name(dtype));
 }
 
@@ -55,7 +50,8 @@ int64_t out_size(int64_t in, int64_t kernel, int64_t stride, int64_t padding, in
     return (in + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
 }
 
-Conv2d conv2d(const char* op, const Ints& input, const Tensor& weight, const Ints& stride,
+// Of an input of this size, for kernels of `dtype`.
+Conv2d conv2d(const char* op, const Ints& input, Dtype dtype, const Tensor& weight, const Ints& stride,
               const Ints& padding, const Ints& dilation) {
     if (input.size() != 4) fail(op, "input is not 4-d");
     Conv2d shape{};
@@ -67,9 +63,20 @@ Conv2d conv2d(const char* op, const Ints& input, const Tensor& weight, const Int
     shape.stride = axes(op, "stride", stride, 1);
     shape.padding = axes(op, "padding", padding, 0);
     shape.dilation = axes(op, "dilation", dilation, 1);
-    if (weight.size(1) != shape.in_channels)
-        fail(op, "weight takes " + std::to_string(weight.size(1)) + " input channels, input has " +
+    // Whoever counts channels in a group has said how many groups there are.
+    const int64_t of_group = weight.size(1);
+    const bool fits =
+        of_group == 0 ? shape.in_channels == 0 : shape.in_channels > 0 && shape.in_channels % of_group == 0;
+    if (!fits)
+        fail(op, "weight takes " + std::to_string(of_group) + " input channels, input has " +
                      std::to_string(shape.in_channels));
+    shape.groups = of_group == 0 ? 1 : shape.in_channels / of_group;
+    check_kernels(op, dtype);
+    if (!cpu::covers_groups(*cpu::convolution_kernels(dtype), shape.in_channels, shape.out_channels,
+                            shape.groups))
+        fail(op, "no kernel for " + std::to_string(shape.groups) + " groups of " +
+                     std::to_string(of_group) + " input channels and " +
+                     std::to_string(shape.out_channels) + " output channels in all");
     shape.out = {out_size(shape.in.h, shape.kernel.h, shape.stride.h, shape.padding.h, shape.dilation.h),
                  out_size(shape.in.w, shape.kernel.w, shape.stride.w, shape.padding.w, shape.dilation.w)};
     if (shape.out.h < 1 || shape.out.w < 1) fail(op, "the kernel is larger than the padded input");
@@ -119,8 +126,9 @@ cpu::ConvForward conv_forward(const char* op, const Tensor& input, const Tensor&
                               const Ints& dilation) {
     cpu::ConvForward args{};
     args.weight = conv_weight(op, weight);
-    args.shape = conv2d(op, sizes_of(input), weight, stride, padding, dilation);
-    args.dtype = check_activation(op, "input", input, in_sizes(args.shape));
+    args.dtype = dtype_of(op, "input", input);
+    args.shape = conv2d(op, sizes_of(input), args.dtype, weight, stride, padding, dilation);
+    check_operand(op, "input", input, in_sizes(args.shape), args.dtype);
     if (residual) check_operand(op, "residual", *residual, out_sizes(args.shape), args.dtype);
     args.input = plain(input);
     return args;
@@ -149,10 +157,12 @@ Tensor forward(Tensor input, Tensor weight, OptionalTensor bias, OptionalTensor 
 struct PackedHeader {
     static constexpr int64_t floats = 16;  // a cache line
 
-    int32_t block, pack;
+    int32_t block, pack, groups;
 
-    explicit PackedHeader(Dtype dtype)
-        : block(cpu::convolution_kernels(dtype)->block), pack(cpu::convolution_kernels(dtype)->pack) {}
+    explicit PackedHeader(const cpu::ConvForward& args)
+        : block(cpu::convolution_kernels(args.dtype)->block),
+          pack(cpu::convolution_kernels(args.dtype)->pack),
+          groups(static_cast<int32_t>(args.shape.groups)) {}
 };
 
 int64_t packed_bytes(const cpu::ConvForward& args) {
@@ -160,7 +170,7 @@ int64_t packed_bytes(const cpu::ConvForward& args) {
 }
 
 const float* packed_data(const char* op, const Tensor& packed, const cpu::ConvForward& args) {
-    const PackedHeader expected(args.dtype);
+    const PackedHeader expected(args);
     if (packed.dim() != 1 || packed.numel() != packed_bytes(args) || !packed.is_contiguous() ||
         !packed.is_cpu() || packed.element_size() != 1 ||
         std::memcmp(packed.data_ptr(), &expected, sizeof expected) != 0)
@@ -170,18 +180,18 @@ const float* packed_data(const char* op, const Tensor& packed, const cpu::ConvFo
 }
 
 // The weight for conv_bn_act_eval of inputs of `like`'s dtype and of any size.
-Tensor pack_weight(Tensor weight, Tensor like, Ints stride, Ints dilation) {
+Tensor pack_weight(Tensor weight, Tensor like, Ints stride, Ints dilation, int64_t groups) {
     constexpr const char* op = "conv_pack_weight";
     cpu::ConvForward args{};
     args.weight = conv_weight(op, weight);
-    const Ints smallest = {1, weight.size(1), axes(op, "dilation", dilation, 1).h * weight.size(2) + 1,
+    const Ints smallest = {1, groups * weight.size(1),
+                           axes(op, "dilation", dilation, 1).h * weight.size(2) + 1,
                            dilation[1] * weight.size(3) + 1};
-    args.shape = conv2d(op, smallest, weight, stride, {0, 0}, dilation);
     args.dtype = dtype_of(op, "like", like);
-    check_kernels(op, args.dtype);
+    args.shape = conv2d(op, smallest, args.dtype, weight, stride, {0, 0}, dilation);
     Tensor packed = empty_bytes(weight, packed_bytes(args));
     float* data = static_cast<float*>(packed.data_ptr());
-    const PackedHeader header(args.dtype);
+    const PackedHeader header(args);
     std::memset(data, 0, PackedHeader::floats * sizeof(float));
     std::memcpy(data, &header, sizeof header);
     cpu::pack_weight(args, data + PackedHeader::floats, torch_threads());
@@ -216,8 +226,9 @@ Tensor backward_input(Tensor grad, Tensor weight, Ints input_size, Ints stride, 
     constexpr const char* op = "conv_backward_input";
     cpu::ConvBackwardInput args{};
     args.weight = conv_weight(op, weight);
-    args.shape = conv2d(op, input_size, weight, stride, padding, dilation);
-    args.dtype = check_activation(op, "grad", grad, out_sizes(args.shape));
+    args.dtype = dtype_of(op, "grad", grad);
+    args.shape = conv2d(op, input_size, args.dtype, weight, stride, padding, dilation);
+    check_operand(op, "grad", grad, out_sizes(args.shape), args.dtype);
     Tensor grad_input = empty_channels_last(grad, in_sizes(args.shape));
     args.grad = plain(grad);
     args.grad_input = grad_input.data_ptr();
@@ -228,8 +239,9 @@ Tensor backward_input(Tensor grad, Tensor weight, Ints input_size, Ints stride, 
 Tensor backward_weight(Tensor grad, Tensor input, Tensor weight, Ints stride, Ints padding, Ints dilation) {
     constexpr const char* op = "conv_backward_weight";
     cpu::ConvBackwardWeight args{};
-    args.shape = conv2d(op, sizes_of(input), weight, stride, padding, dilation);
-    args.dtype = check_activation(op, "grad", grad, out_sizes(args.shape));
+    args.dtype = dtype_of(op, "grad", grad);
+    args.shape = conv2d(op, sizes_of(input), args.dtype, weight, stride, padding, dilation);
+    check_operand(op, "grad", grad, out_sizes(args.shape), args.dtype);
     check_operand(op, "input", input, in_sizes(args.shape), args.dtype);
     Tensor grad_weight = output_like(weight);
     args.grad = plain(grad);
@@ -288,8 +300,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_backward(
     Tensor conv_weight_tensor, Ints stride, Ints padding, Ints dilation, OptionalTensor add_to,
     bool needs_input, bool needs_conv_weight) {
     constexpr const char* op = "conv_bn_act_backward";
-    const Conv2d shape = conv2d(op, sizes_of(input), conv_weight_tensor, stride, padding, dilation);
-    const Dtype dtype = check_activation(op, "conv_output", conv_output, out_sizes(shape));
+    const Dtype dtype = dtype_of(op, "conv_output", conv_output);
+    const Conv2d shape = conv2d(op, sizes_of(input), dtype, conv_weight_tensor, stride, padding, dilation);
+    check_operand(op, "conv_output", conv_output, out_sizes(shape), dtype);
     check_operand(op, "grad", grad, out_sizes(shape), dtype);
     check_operand(op, "input", input, in_sizes(shape), dtype);
     if (output) check_operand(op, "output", *output, out_sizes(shape), dtype);
@@ -356,7 +369,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres, library) {
     library.def(
         "conv_forward(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, "
         "int[] padding, int[] dilation, bool relu) -> Tensor");
-    library.def("conv_pack_weight(Tensor weight, Tensor like, int[] stride, int[] dilation) -> Tensor");
+    library.def(
+        "conv_pack_weight(Tensor weight, Tensor like, int[] stride, int[] dilation, int groups) -> Tensor");
     library.def(
         "conv_bn_act_eval(Tensor input, Tensor conv_weight, Tensor? packed, Tensor? conv_bias, "
         "Tensor? residual, Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, "

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bindings/tensor.h"
+#include "cpu/conv_groups.h"
 #include "cpu/conv_winograd.h"
 #include "cpu/isa.h"
 #include "cpu/memory_pool.h"
@@ -77,13 +78,18 @@ PYBIND11_MODULE(_C, module) {
                "run here.");
     module.def(
         "convolves",
-        [](const std::string& dtype) {
-            for (int i = 0; i < fastres::kDtypes; ++i)
-                if (dtype == fastres::name(static_cast<fastres::Dtype>(i)))
-                    return fastres::cpu::convolution_kernels(static_cast<fastres::Dtype>(i)) != nullptr;
+        [](const std::string& dtype, int64_t in_channels, int64_t out_channels, int64_t groups) {
+            for (int i = 0; i < fastres::kDtypes; ++i) {
+                if (dtype != fastres::name(static_cast<fastres::Dtype>(i))) continue;
+                const auto* kernels = fastres::cpu::convolution_kernels(static_cast<fastres::Dtype>(i));
+                return kernels && fastres::cpu::covers_groups(*kernels, in_channels, out_channels, groups);
+            }
             return false;
         },
-        py::arg("dtype"), "Whether the instruction set in use has convolutions of this dtype.");
+        py::arg("dtype"), py::arg("in_channels") = 1, py::arg("out_channels") = 1, py::arg("groups") = 1,
+        "Whether the instruction set in use has convolutions of this dtype, in so many groups of as many "
+        "of "
+        "these channels each.");
     module.def("use_winograd", &use_winograd, py::arg("where"),
                "Multiply 3x3 convolutions of float32 and float16 by Winograd's algorithm where that is "
                "'faster', as at first, wherever it is 'possible', or 'never'.");

@@ -12,14 +12,15 @@ struct Axes {
     int64_t h, w;
 };
 
-// One group, images zero-padded at their borders.
+// Images are zero-padded at their borders. Channels are those of all groups.
 struct Conv2d {
-    int64_t batch, in_channels, out_channels;
+    int64_t batch, in_channels, out_channels, groups;
     Axes in, out;  // pixels
     Axes kernel, stride, padding, dilation;
 };
 
-// (out_channels, in_channels, kernel.h, kernel.w) in any order of memory: elements from one to the next.
+// (out_channels, in_channels / groups, kernel.h, kernel.w) in any order of memory: elements from one to the
+// next.
 struct ConvWeight {
     void* data;
     Dtype dtype;

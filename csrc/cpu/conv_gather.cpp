@@ -120,17 +120,10 @@ class DirectLoop final : public GatherLoop {
     // pixels, most of that would be fetched in vain.
     void fetch(const Box& box, Prefetch& prefetch) const {
         if (taps_ == 0 || args_.rows.load_step() > 1 || args_.columns.load_step() > 1) return;
-        const auto pixel = [&](int64_t image, int64_t row, int64_t column) {
-            row = std::clamp<int64_t>(row * args_.rows.step + args_.rows.first(), 0, args_.in.h - 1);
-            column =
-                std::clamp<int64_t>(column * args_.columns.step + args_.columns.first(), 0, args_.in.w - 1);
-            return (image * args_.in.h + row) * args_.in.w + column;
-        };
-        const int64_t begin = pixel(box.images.begin, box.rows.begin, box.columns.begin);
-        const int64_t end = pixel(box.images.end - 1, box.rows.end - 1, box.columns.end - 1) + 1;
-        const int64_t bytes = (end - begin) * args_.in_channels * size_of(args_.dtype);
+        const Range pixels = seen_pixels(box);
+        const int64_t bytes = pixels.size() * args_.in_channels * size_of(args_.dtype);
         for (const void* operand : {args_.input.data, args_.input.bn_input})
-            prefetch.add(at(operand, begin * args_.in_channels, args_.dtype), 1, bytes, bytes);
+            prefetch.add(at(operand, pixels.begin * args_.in_channels, args_.dtype), 1, bytes, bytes);
     }
 
     // Rows of a box that are cut into tiles as one.
@@ -265,6 +258,7 @@ void flatten(Gather& args) {
 }
 
 std::unique_ptr<GatherLoop> loop(const Gather& args, const ThreadPool& pool) {
+    if (args.groups > 1) return group_loop(args, pool);
     if (winograd_pays(args)) return winograd_loop(args, pool);
     return std::make_unique<DirectLoop>(args, pool);
 }
@@ -280,6 +274,7 @@ Gather forward_gather(const ConvForward& args) {
     gather.dtype = args.dtype;
     gather.input = args.input;
     gather.in_channels = shape.in_channels;
+    gather.groups = shape.groups;
     gather.in = shape.in;
     gather.output = args.output;
     gather.out_channels = shape.out_channels;
@@ -332,6 +327,7 @@ void conv_backward_input(const ConvBackwardInput& args, const ThreadPool& pool) 
     gather.dtype = args.dtype;
     gather.input = args.grad;
     gather.in_channels = shape.out_channels;
+    gather.groups = shape.groups;
     gather.output = args.grad_input;
     gather.residual = args.add ? args.grad_input : nullptr;
     gather.out_channels = shape.in_channels;

@@ -1,5 +1,6 @@
 // What the output of a convolution and the gradient of its input have in common: each pixel gathers its
-// neighbours' products. How these are multiplied is left to conv_gather.cpp and conv_winograd.cpp.
+// neighbours' products. How these are multiplied is left to conv_gather.cpp, conv_groups.cpp and
+// conv_winograd.cpp.
 #pragma once
 
 #include <algorithm>
@@ -42,7 +43,7 @@ struct Gather {
     int64_t batch;
     Dtype dtype;
     ConvOperand input;
-    int64_t in_channels;
+    int64_t in_channels, groups;
     Axes in;
     const float *scale, *shift;
     const void* residual;
@@ -137,6 +138,18 @@ class GatherLoop {
         load_rows(kernels_, args_.input, args_.dtype, args_.in, args_.in_channels, rows, pixels, words);
     }
 
+    // From the first of the input's pixels that a box sees to the last, and what lies between.
+    Range seen_pixels(const Box& box) const {
+        const auto pixel = [&](int64_t image, int64_t row, int64_t column) {
+            row = std::clamp<int64_t>(row * args_.rows.step + args_.rows.first(), 0, args_.in.h - 1);
+            column =
+                std::clamp<int64_t>(column * args_.columns.step + args_.columns.first(), 0, args_.in.w - 1);
+            return (image * args_.in.h + row) * args_.in.w + column;
+        };
+        return {pixel(box.images.begin, box.rows.begin, box.columns.begin),
+                pixel(box.images.end - 1, box.rows.end - 1, box.columns.end - 1) + 1};
+    }
+
     // Of neighbours in a row, from an image's row and column of the grid on.
     void store(const PixelSums& sums, int64_t channel, int64_t image, int64_t row, int64_t column,
                float* moments, int64_t moments_stride, bool first) const {
@@ -218,5 +231,7 @@ class GatherLoop {
 // Whether multiplying transformed tiles is the faster way; see conv_winograd.cpp.
 bool winograd_pays(const Gather& args);
 std::unique_ptr<GatherLoop> winograd_loop(const Gather& args, const ThreadPool& pool);
+// Of more than one group.
+std::unique_ptr<GatherLoop> group_loop(const Gather& args, const ThreadPool& pool);
 
 }  // namespace fastres::cpu

@@ -26,6 +26,42 @@ struct MultiplyTile {
     bool add;
 };
 
+// A vector of output channels, each of which sums the words of its own group alone:
+//   sums[row][lane] = sum over runs, taps and steps of
+//       a[row * pixel_step + tap][run][word `step` of the lane's group] * b[run][tap][step][lane]
+struct MultiplyGroups {
+    const float* a;        // the first lane's group
+    int64_t pixel_stride;  // words of a, from one pixel to the next
+    const int64_t* runs;   // words of a: where each run of taps begins
+    int64_t run_count;
+    int taps, pixel_step;  // one tap and one pixel, or three taps and at most kMostPixelStep
+    int64_t steps;         // words of a group
+    const int32_t* words;  // [step][lane], steps up to the lanes of a vector: see group_words
+    const float* b;        // [run][tap][step][block]
+    float* sums;           // [row][sums_stride]
+    int64_t sums_stride;
+    int rows;  // at most ConvKernels::group_rows
+};
+inline constexpr int kMostPixelStep = 2;
+
+// The gradient of such a vector's weights, in which words are pixels:
+//   sums[tap][channel][lane] (+)= sum over runs and steps of
+//       input[tap][run][step][channel of the lane's group] * grad[run][step][lane]
+struct MultiplyGroupPixels {
+    const float *grad, *input;  // [step][lane] of one run after the other; the first lane's group
+    int64_t input_stride;       // words of input, from one step to the next
+    int64_t vector_stride;      // and from one vector of a large group's channels to the next
+    const int64_t* runs;        // words of input: where each run begins
+    int64_t run_count, steps;
+    const int64_t* taps;  // words of input: where each tap begins
+    int64_t tap_count;
+    int64_t channels;      // of a group
+    const int32_t* words;  // [channel][lane]: see group_words
+    float* sums;           // [tap][channel][sums_stride]
+    int64_t sums_stride;
+    bool add;
+};
+
 // What is done with a value when it is loaded.
 enum class Prologue : int {
     none = 0,
@@ -107,6 +143,9 @@ struct ConvKernels {
     // [k][n] = sums[k][n], whose rows are sums_stride apart
     void (*unpack_weight)(const float* sums, int64_t sums_stride, const WeightBlock&);
     void (*store)(const StoreTile&);
+    int group_rows;
+    void (*multiply_groups)(const MultiplyGroups&);
+    void (*multiply_group_pixels)(const MultiplyGroupPixels&);
     // Winograd's, of float words: 4x4 -> 4x4, 3x3 -> 4x4, 4x4 -> 2x2, 2x2 -> 4x4, 4x4 -> 3x3.
     void (*transform_input)(const MatrixTransform&);
     void (*transform_weight)(const MatrixTransform&);

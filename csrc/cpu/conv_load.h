@@ -14,29 +14,40 @@ FASTRES_ALWAYS int64_t element_of(const PixelRow& row, int64_t index) {
     return inside ? column * row.pixel_stride + row.first_channel : -1;
 }
 
-// The value of channel c of the row's channels, after the prologue, not rounded.
-template <class Lane, class T, Prologue kind, bool with_relu>
-FASTRES_ALWAYS Lane value_of(const PixelRow& row, int64_t element, int64_t c) {
-    Lane value = load_as<Lane>(static_cast<const T*>(row.row) + element + c);
-    if constexpr (kind == Prologue::none) {
-        return value;
-    } else {
+// What a prologue does to one lane, or vector, of channels: c and those behind it of the row's.
+template <class T, class Lane, Prologue kind, bool with_relu>
+struct Prepare {
+    Lane mean{}, scale{}, shift{}, mean_grad{}, slope{};
+
+    FASTRES_INLINE_BODY Prepare(const PixelRow& row, int64_t c) {
         const PrologueCoefficients& by = row.prologue;
         const int64_t channel = row.first_channel + c;
-        const Lane mean = load_as<Lane>(by.mean + channel), scale = load_as<Lane>(by.scale + channel);
+        if constexpr (kind != Prologue::none) {
+            mean = load_as<Lane>(by.mean + channel);
+            scale = load_as<Lane>(by.scale + channel);
+        }
+        if constexpr (kind == Prologue::activation || with_relu) shift = load_as<Lane>(by.shift + channel);
+        if constexpr (kind == Prologue::gradient) {
+            mean_grad = load_as<Lane>(by.mean_grad + channel);
+            slope = load_as<Lane>(by.slope + channel);
+        }
+    }
+
+    // The value of the pixel at this element, not rounded.
+    FASTRES_INLINE_BODY Lane operator()(const PixelRow& row, int64_t element, int64_t c) const {
+        Lane value = load_as<Lane>(static_cast<const T*>(row.row) + element + c);
         if constexpr (kind == Prologue::activation) {
-            value = normalise(value, mean, scale, load_as<Lane>(by.shift + channel));
+            value = normalise(value, mean, scale, shift);
             if constexpr (with_relu) value = relu(value);
-        } else {
+        }
+        if constexpr (kind == Prologue::gradient) {
             const Lane deviation = load_as<Lane>(static_cast<const T*>(row.input) + element + c) - mean;
-            if constexpr (with_relu)
-                value = mask_recomputed<T>(value, deviation, scale, load_as<Lane>(by.shift + channel));
-            value = input_gradient(value, deviation, scale, load_as<Lane>(by.mean_grad + channel),
-                                   load_as<Lane>(by.slope + channel));
+            if constexpr (with_relu) value = mask_recomputed<T>(value, deviation, scale, shift);
+            value = input_gradient(value, deviation, scale, mean_grad, slope);
         }
         return value;
     }
-}
+};
 
 // Calls load.run<kind, with_relu>().
 template <class Load>
@@ -53,6 +64,9 @@ FASTRES_ALWAYS void with_prologue(const PrologueCoefficients& prologue, const Lo
     }
 }
 
+// Pixels that share the coefficients that were loaded for a vector of channels.
+inline constexpr int kPixelsAtOnce = 4;
+
 template <class Words, class T>
 struct LoadChannels {
     const PixelRow& row;
@@ -60,36 +74,68 @@ struct LoadChannels {
 
     template <Prologue kind, bool with_relu>
     void run() const {
-        constexpr int lanes = kLanes<float>;
-        const int64_t count = (row.channels + Words::pack - 1) / Words::pack;
-        float* out = words;
-        for (int64_t i = 0; i < row.columns; ++i, out += count) {
-            const int64_t element = element_of(row, i);
-            if (element < 0) {
-                memset(out, 0, count * sizeof(float));
-                continue;
-            }
-            int64_t c = 0;
-            if constexpr (Words::pack == 2) {
-                out[count - 1] = 0;
-                T* values = reinterpret_cast<T*>(out);
-                if constexpr (kind == Prologue::none) {
-                    memcpy(values, static_cast<const T*>(row.row) + element, row.channels * sizeof(T));
-                } else {
-                    for (; c + 2 * lanes <= row.channels; c += 2 * lanes) {
-                        Vec<float> a = value_of<Vec<float>, T, kind, with_relu>(row, element, c);
-                        Vec<float> b = value_of<Vec<float>, T, kind, with_relu>(row, element, c + lanes);
-                        store_rounded<false>(values + c, a, b);
-                    }
-                    for (; c < row.channels; ++c)
-                        from_real(value_of<float, T, kind, with_relu>(row, element, c), values[c]);
-                }
+        int64_t i = 0;
+        while (i < row.columns) {
+            if (element_of(row, i) < 0) {
+                memset(words + i * words_of_pixel(), 0, words_of_pixel() * sizeof(float));
+                ++i;
+            } else if (element_of(row, i + kPixelsAtOnce - 1) < 0) {
+                pixels<kind, with_relu, 1>(i);
+                ++i;
             } else {
-                for (; c + lanes <= row.channels; c += lanes)
-                    store<false>(out + c,
-                                 rounded_to<T>(value_of<Vec<float>, T, kind, with_relu>(row, element, c)));
-                for (; c < row.channels; ++c)
-                    out[c] = rounded_to<T>(value_of<float, T, kind, with_relu>(row, element, c));
+                pixels<kind, with_relu, kPixelsAtOnce>(i);
+                i += kPixelsAtOnce;
+            }
+        }
+    }
+
+  private:
+    int64_t words_of_pixel() const { return (row.channels + Words::pack - 1) / Words::pack; }
+
+    template <Prologue kind, bool with_relu, int count>
+    FASTRES_INLINE_BODY void pixels(int64_t first) const {
+        constexpr int lanes = kLanes<float>;
+        const int64_t element = element_of(row, first), step = row.column_step * row.pixel_stride;
+        const int64_t size = words_of_pixel();
+        float* out = words + first * size;
+        constexpr bool copies = kind == Prologue::none && Words::pack * sizeof(T) == sizeof(float);
+        for (int p = 0; p < count; ++p) {
+            if (Words::pack == 2) out[p * size + size - 1] = 0;
+            if (copies)
+                memcpy(out + p * size, static_cast<const T*>(row.row) + element + p * step,
+                       row.channels * sizeof(T));
+        }
+        if constexpr (copies) {
+            return;
+        } else if constexpr (Words::pack == 2) {
+            T* values = reinterpret_cast<T*>(out);
+            int64_t c = 0;
+            for (; c + 2 * lanes <= row.channels; c += 2 * lanes) {
+                const Prepare<T, Vec<float>, kind, with_relu> left(row, c), right(row, c + lanes);
+#pragma GCC unroll 4
+                for (int p = 0; p < count; ++p) {
+                    Vec<float> a = left(row, element + p * step, c);
+                    Vec<float> b = right(row, element + p * step, c + lanes);
+                    store_rounded<false>(values + p * 2 * size + c, a, b);
+                }
+            }
+            for (; c < row.channels; ++c) {
+                const Prepare<T, float, kind, with_relu> prepare(row, c);
+                for (int p = 0; p < count; ++p)
+                    from_real(prepare(row, element + p * step, c), values[p * 2 * size + c]);
+            }
+        } else {
+            int64_t c = 0;
+            for (; c + lanes <= row.channels; c += lanes) {
+                const Prepare<T, Vec<float>, kind, with_relu> prepare(row, c);
+#pragma GCC unroll 4
+                for (int p = 0; p < count; ++p)
+                    store<false>(out + p * size + c, rounded_to<T>(prepare(row, element + p * step, c)));
+            }
+            for (; c < row.channels; ++c) {
+                const Prepare<T, float, kind, with_relu> prepare(row, c);
+                for (int p = 0; p < count; ++p)
+                    out[p * size + c] = rounded_to<T>(prepare(row, element + p * step, c));
             }
         }
     }
@@ -100,13 +146,20 @@ void load_channels(const PixelRow& row, float* words) {
     with_prologue(row.prologue, LoadChannels<Words, T>{row, words});
 }
 
-// Channel c of two pixels, at these elements, or of one: words of the gradient of the weight.
+// Words of the gradient of the weight: a channel, or a vector of them, of two pixels or of one.
 template <class Words, class T, class Lane, Prologue kind, bool with_relu>
-FASTRES_ALWAYS Lane word_of(const PixelRow& row, int64_t first, int64_t second, int64_t c) {
-    const Lane a = first < 0 ? Lane{} : value_of<Lane, T, kind, with_relu>(row, first, c);
-    const Lane b = second < 0 ? Lane{} : value_of<Lane, T, kind, with_relu>(row, second, c);
-    return Words::template pair<T>(a, b);
-}
+struct PrepareWord {
+    Prepare<T, Lane, kind, with_relu> prepare;
+
+    // Of the pixels at these elements; zero where one is negative, unless all are known to be inside.
+    template <bool inside = false>
+    FASTRES_INLINE_BODY Lane of(const PixelRow& row, int64_t first, int64_t second, int64_t c) const {
+        const bool two = Words::pack == 2;
+        const Lane a = inside || first >= 0 ? prepare(row, first, c) : Lane{};
+        const Lane b = two && (inside || second >= 0) ? prepare(row, second, c) : Lane{};
+        return Words::template pair<T>(a, b);
+    }
+};
 
 template <class Words, class T>
 struct LoadPixels {
@@ -117,24 +170,48 @@ struct LoadPixels {
 
     template <Prologue kind, bool with_relu>
     void run() const {
-        constexpr int lanes = kLanes<float>;
-        float* out_of_step = words;
-        for (int64_t i = 0; i < row.columns; i += Words::pack, out_of_step += width) {
-            const int64_t first = element_of(row, i);
-            const int64_t second = Words::pack == 2 ? element_of(row, i + 1) : -1;
-            float* out = out_of_step;
-            for (int64_t begin = 0; begin < row.channels; begin += width, out += block_stride) {
-                const int64_t channels = begin + width < row.channels ? width : row.channels - begin;
-                int64_t c = 0;
-                if (first >= 0 || second >= 0) {
-                    for (; c + lanes <= channels; c += lanes)
-                        store<false>(out + c, word_of<Words, T, Vec<float>, kind, with_relu>(
-                                                  row, first, second, begin + c));
-                    for (; c < channels; ++c)
-                        out[c] = word_of<Words, T, float, kind, with_relu>(row, first, second, begin + c);
-                }
-                for (; c < width; ++c) out[c] = 0;
+        const int64_t total = (row.columns + Words::pack - 1) / Words::pack;
+        int64_t step = 0;
+        while (step < total) {
+            const int64_t last = step * Words::pack + kPixelsAtOnce - 1;
+            if (element_of(row, step * Words::pack) >= 0 && element_of(row, last) >= 0) {
+                steps<kind, with_relu, kStepsAtOnce, true>(step);
+                step += kStepsAtOnce;
+            } else {
+                steps<kind, with_relu, 1, false>(step++);
             }
+        }
+    }
+
+  private:
+    static constexpr int kStepsAtOnce = kPixelsAtOnce / Words::pack;
+
+    template <Prologue kind, bool with_relu, int count, bool inside>
+    FASTRES_INLINE_BODY void steps(int64_t step) const {
+        constexpr int lanes = kLanes<float>;
+        int64_t first[count], second[count];
+        for (int s = 0; s < count; ++s) {
+            first[s] = element_of(row, (step + s) * Words::pack);
+            second[s] = Words::pack == 2 ? element_of(row, (step + s) * Words::pack + 1) : -1;
+        }
+        float* out = words + step * width;
+        for (int64_t begin = 0; begin < row.channels; begin += width, out += block_stride) {
+            const int64_t channels = begin + width < row.channels ? width : row.channels - begin;
+            int64_t c = 0;
+            for (; c + lanes <= channels; c += lanes) {
+                const PrepareWord<Words, T, Vec<float>, kind, with_relu> word{{row, begin + c}};
+#pragma GCC unroll 4
+                for (int s = 0; s < count; ++s)
+                    store<false>(out + s * width + c,
+                                 word.template of<inside>(row, first[s], second[s], begin + c));
+            }
+            for (; c < channels; ++c) {
+                const PrepareWord<Words, T, float, kind, with_relu> word{{row, begin + c}};
+                for (int s = 0; s < count; ++s)
+                    out[s * width + c] = word.template of<inside>(row, first[s], second[s], begin + c);
+            }
+            for (int s = 0; s < count; ++s)
+                for (int64_t beyond = channels; beyond < width; ++beyond) out[s * width + beyond] = 0;
         }
     }
 };

@@ -28,21 +28,21 @@ struct LoadSteps {
             float* out = words + begin;
             int64_t c = 0;
             for (; c + lanes <= row.channels; c += lanes) {
+                const PrepareWord<Words, T, Vec<float>, kind, with_relu> word{{row, c}};
                 Square square;
                 for (int i = 0; i < lanes; ++i)
-                    square[i] = i < count ? word_of<Words, T, Vec<float>, kind, with_relu>(row, first[i],
-                                                                                           second[i], c)
-                                          : Vec<float>{};
+                    square[i] = i < count ? word.of(row, first[i], second[i], c) : Vec<float>{};
                 transpose(square);
                 const __mmask16 valid = static_cast<__mmask16>((1u << count) - 1);
                 for (int i = 0; i < lanes; ++i)
                     _mm512_mask_storeu_ps(out + (c + i) * channel_stride, valid,
                                           reinterpret_cast<__m512>(square[i]));
             }
-            for (; c < row.channels; ++c)
+            for (; c < row.channels; ++c) {
+                const PrepareWord<Words, T, float, kind, with_relu> word{{row, c}};
                 for (int i = 0; i < count; ++i)
-                    out[c * channel_stride + i] =
-                        word_of<Words, T, float, kind, with_relu>(row, first[i], second[i], c);
+                    out[c * channel_stride + i] = word.of(row, first[i], second[i], c);
+            }
         }
     }
 };

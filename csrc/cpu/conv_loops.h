@@ -1,6 +1,7 @@
 // The inner loops of the convolutions for the instruction set that the unit is compiled with.
 #pragma once
 
+#include "cpu/conv_group_loops.h"
 #include "cpu/conv_load.h"
 #include "cpu/conv_multiply.h"
 #include "cpu/conv_store.h"
@@ -35,6 +36,9 @@ constexpr ConvKernels conv_kernels() {
                            pack_weight<Words, block>,
                            unpack_weight,
                            store_tile<T>,
+                           kGroupRows,
+                           multiply_groups<Words, kGroupRows, block>,
+                           multiply_group_pixels<Words>,
                            transform<InputMap>,
                            transform<WeightMap>,
                            transform<OutputMap>,

@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "cpu/conv_winograd.h"
-#include "cpu/prefetch.h"
 
 namespace fastres::cpu {
 namespace {
@@ -146,29 +145,6 @@ class DirectLoop : WeightGradTasks {
                ceil_div(chunk.out_channels.size(), kernels_.block);
     }
 
-    // The operands of a box: a piece of each pixel's channels, or all as one.
-    void fetch(const Box& box, const Chunk& chunk, Prefetch& prefetch) const {
-        const int64_t value = size_of(args_.dtype);
-        const auto add = [&](const ConvOperand& operand, Axes size, int64_t channels, Range wanted,
-                             Axes step) {
-            const auto pixel = [&](int64_t image, int64_t row, int64_t column) {
-                return (image * size.h + std::min(row * step.h, size.h - 1)) * size.w +
-                       std::min(column * step.w, size.w - 1);
-            };
-            const int64_t begin = pixel(box.images.begin, box.rows.begin, box.columns.begin);
-            const int64_t end = pixel(box.images.end - 1, box.rows.end - 1, box.columns.end - 1) + 1;
-            const bool whole = wanted.size() == channels;
-            for (const void* data : {operand.data, operand.bn_input})
-                prefetch.add(at(data, begin * channels + wanted.begin, args_.dtype),
-                             whole ? 1 : end - begin, (whole ? end - begin : 1) * wanted.size() * value,
-                             channels * value);
-        };
-        add(args_.grad, shape_.out, shape_.out_channels, chunk.out_channels, {1, 1});
-        // Where a stride skips pixels, most of that would be fetched in vain.
-        if (shape_.stride.h > shape_.kernel.h || shape_.stride.w > shape_.kernel.w) return;
-        add(args_.input, shape_.in, shape_.in_channels, chunk.in_channels, shape_.stride);
-    }
-
     void load_grad(const Box& box, Range channels, float* words, int64_t block_stride) const {
         PixelRow pixels{};
         pixels.column = box.columns.begin;
@@ -213,6 +189,7 @@ class DirectLoop : WeightGradTasks {
 
 void conv_backward_weight(const ConvBackwardWeight& args, const ThreadPool& pool) {
     const Conv2d& shape = args.shape;
+    if (shape.groups > 1) return weight_grad_by_groups(args, pool);
     const auto is = [](Axes axes, int64_t value) { return axes.h == value && axes.w == value; };
     constexpr int64_t least_pixels = 768;  // of fewer it is no faster, and PyTorch's sums are exact
     const bool winograd = is(shape.kernel, 3) && is(shape.stride, 1) && is(shape.dilation, 1) &&

@@ -9,11 +9,13 @@
 #include "cpu/convolution.h"
 #include "cpu/isa.h"
 #include "cpu/pointer.h"
+#include "cpu/prefetch.h"
 #include "cpu/workspace.h"
 
 namespace fastres::cpu {
 
-// A part of the weights, whose sums one thread keeps in its cache while it walks over the pixels.
+// A part of the weights, whose sums one thread keeps in its cache while it walks over the pixels. Of
+// groups, the input's channels are those that the output's see.
 struct Chunk {
     Range in_channels, out_channels;
 };
@@ -69,34 +71,66 @@ class WeightGradTasks {
         });
     }
 
-    // From sums[tap][in channel][out channel].
+    // The operands of a box: a piece of each pixel's channels, or all as one.
+    void fetch(const Box& box, const Chunk& chunk, Prefetch& prefetch) const {
+        const int64_t value = size_of(args_.dtype);
+        const auto add = [&](const ConvOperand& operand, Axes size, int64_t channels, Range wanted,
+                             Axes step) {
+            const auto pixel = [&](int64_t image, int64_t row, int64_t column) {
+                return (image * size.h + std::min(row * step.h, size.h - 1)) * size.w +
+                       std::min(column * step.w, size.w - 1);
+            };
+            const int64_t begin = pixel(box.images.begin, box.rows.begin, box.columns.begin);
+            const int64_t end = pixel(box.images.end - 1, box.rows.end - 1, box.columns.end - 1) + 1;
+            const bool whole = wanted.size() == channels;
+            for (const void* data : {operand.data, operand.bn_input})
+                prefetch.add(at(data, begin * channels + wanted.begin, args_.dtype),
+                             whole ? 1 : end - begin, (whole ? end - begin : 1) * wanted.size() * value,
+                             channels * value);
+        };
+        add(args_.grad, shape_.out, shape_.out_channels, chunk.out_channels, {1, 1});
+        // Where a stride skips pixels, most of that would be fetched in vain.
+        if (shape_.stride.h > shape_.kernel.h || shape_.stride.w > shape_.kernel.w) return;
+        add(args_.input, shape_.in, shape_.in_channels, chunk.in_channels, shape_.stride);
+    }
+
+    // From sums[tap][in channel of the group][out channel].
     void store(const Chunk& chunk, const float* sums) const {
         for (int64_t kh = 0; kh < shape_.kernel.h; ++kh) {
             for (int64_t kw = 0; kw < shape_.kernel.w; ++kw) {
                 const ConvWeight& weight = args_.grad_weight;
                 const int64_t tap = kh * shape_.kernel.w + kw;
-                const int64_t element = chunk.in_channels.begin * weight.stride_in +
+                const int64_t element = (grouped() ? 0 : chunk.in_channels.begin * weight.stride_in) +
                                         chunk.out_channels.begin * weight.stride_out +
                                         kh * weight.stride_h + kw * weight.stride_w;
                 kernels_.unpack_weight(sums + tap * in_chunk_ * out_chunk_, out_chunk_,
                                        {static_cast<char*>(weight.data) + element * size_of(weight.dtype),
-                                        weight.dtype, chunk.in_channels.size(), chunk.out_channels.size(),
-                                        weight.stride_in, weight.stride_out});
+                                        weight.dtype, grouped() ? in_chunk_ : chunk.in_channels.size(),
+                                        chunk.out_channels.size(), weight.stride_in, weight.stride_out});
             }
         }
     }
+
+    bool grouped() const { return shape_.groups > 1; }
 
     const ConvBackwardWeight& args_;
     const Conv2d shape_;
     const ThreadPool& pool_;
     const ConvKernels& kernels_;
     const int64_t taps_, products_;
-    int64_t in_chunk_ = 0, out_chunk_ = 0;  // channels
+    int64_t in_chunk_ = 0, out_chunk_ = 0;  // channels of a sum
 
   private:
     void cut() {
         constexpr int64_t most_words = 80 * 1024;
         const int64_t block = kernels_.block;
+        if (grouped()) {
+            in_chunks_ = 1;
+            out_chunks_ = ceil_div(shape_.out_channels, block);
+            in_chunk_ = shape_.in_channels / shape_.groups;
+            out_chunk_ = block;
+            return;
+        }
         const auto blocks = [&](int64_t channels) { return ceil_div(channels, block); };
         const int64_t most_blocks = std::max<int64_t>(1, most_words / (products_ * block * block));
         // As square as can be: each operand is loaded once for each chunk of the other's channels.
@@ -113,12 +147,14 @@ class WeightGradTasks {
     Chunk chunk_of(int64_t index) const {
         const Range in = part(shape_.in_channels, in_chunks_, index / out_chunks_, kernels_.block);
         const Range out = part(shape_.out_channels, out_chunks_, index % out_chunks_, kernels_.block);
-        return {in, out};
+        return {grouped() ? out : in, out};
     }
 
     int64_t in_chunks_ = 0, out_chunks_ = 0;
 };
 
+// Of more than one group: see conv_groups_weight_grad.cpp.
+void weight_grad_by_groups(const ConvBackwardWeight& args, const ThreadPool& pool);
 // See conv_winograd_weight_grad.cpp.
 void weight_grad_by_winograd(const ConvBackwardWeight& args, const ThreadPool& pool);
 

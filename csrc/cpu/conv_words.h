@@ -74,8 +74,11 @@ FASTRES_ALWAYS Vec<float> broadcast(float value) {
 struct FloatWords {
     static constexpr int pack = 1;
 
+    FASTRES_ALWAYS Vec<float> multiply_add(Vec<float> sum, Vec<float> words, Vec<float> others) {
+        return sum + words * others;
+    }
     FASTRES_ALWAYS Vec<float> multiply_add(Vec<float> sum, Vec<float> words, const float* word) {
-        return sum + words * broadcast(*word);
+        return multiply_add(sum, words, broadcast(*word));
     }
     FASTRES_ALWAYS void multiply_add_memory(Vec<float>& sum, Vec<float> words, const float* word) {
 #if defined(__AVX512F__)
@@ -100,11 +103,13 @@ struct FloatWords {
 struct PairWords {
     static constexpr int pack = 2;
 
-    FASTRES_ALWAYS Vec<float> multiply_add(Vec<float> sum, Vec<float> words, const float* word) {
-        const __m512 both = _mm512_set1_ps(*word);
+    FASTRES_ALWAYS Vec<float> multiply_add(Vec<float> sum, Vec<float> words, Vec<float> others) {
         return reinterpret_cast<Vec<float>>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
                                                              reinterpret_cast<__m512bh>(words),
-                                                             reinterpret_cast<__m512bh>(both)));
+                                                             reinterpret_cast<__m512bh>(others)));
+    }
+    FASTRES_ALWAYS Vec<float> multiply_add(Vec<float> sum, Vec<float> words, const float* word) {
+        return multiply_add(sum, words, broadcast(*word));
     }
     FASTRES_ALWAYS void multiply_add_memory(Vec<float>& sum, Vec<float> words, const float* word) {
         asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(words), "m"(*word));
