@@ -116,14 +116,18 @@ class DirectLoop final : public GatherLoop {
         if (moments) set_moments(n_blocks, box.pixels(), about, sums_stride, moments);
     }
 
-    // The input of a box, which is one stretch of memory but where rows are cut. Where a stride skips
-    // pixels, most of that would be fetched in vain.
+    // What a box reads of the input and the residual: stretches of memory but where rows are cut. Where a
+    // stride skips pixels, most of that would be fetched in vain.
     void fetch(const Box& box, Prefetch& prefetch) const {
         if (taps_ == 0 || args_.rows.load_step() > 1 || args_.columns.load_step() > 1) return;
-        const Range pixels = seen_pixels(box);
-        const int64_t bytes = pixels.size() * args_.in_channels * size_of(args_.dtype);
-        for (const void* operand : {args_.input.data, args_.input.bn_input})
-            prefetch.add(at(operand, pixels.begin * args_.in_channels, args_.dtype), 1, bytes, bytes);
+        const auto add = [&](const void* data, Range pixels, int64_t channels) {
+            const int64_t bytes = pixels.size() * channels * size_of(args_.dtype);
+            prefetch.add(at(data, pixels.begin * channels, args_.dtype), 1, bytes, bytes);
+        };
+        add(args_.input.data, seen_pixels(box), args_.in_channels);
+        add(args_.input.bn_input, seen_pixels(box), args_.in_channels);
+        if (args_.grid_step.h == 1 && args_.grid_step.w == 1)
+            add(args_.residual, made_pixels(box), args_.out_channels);
     }
 
     // Rows of a box that are cut into tiles as one.

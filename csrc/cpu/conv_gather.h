@@ -140,22 +140,24 @@ class GatherLoop {
 
     // From the first of the input's pixels that a box sees to the last, and what lies between.
     Range seen_pixels(const Box& box) const {
-        const auto pixel = [&](int64_t image, int64_t row, int64_t column) {
+        return pixels_of(box, [&](int64_t image, int64_t row, int64_t column) {
             row = std::clamp<int64_t>(row * args_.rows.step + args_.rows.first(), 0, args_.in.h - 1);
             column =
                 std::clamp<int64_t>(column * args_.columns.step + args_.columns.first(), 0, args_.in.w - 1);
             return (image * args_.in.h + row) * args_.in.w + column;
-        };
-        return {pixel(box.images.begin, box.rows.begin, box.columns.begin),
-                pixel(box.images.end - 1, box.rows.end - 1, box.columns.end - 1) + 1};
+        });
+    }
+
+    // The same of the output's pixels that it makes.
+    Range made_pixels(const Box& box) const {
+        return pixels_of(
+            box, [&](int64_t image, int64_t row, int64_t column) { return out_pixel(image, row, column); });
     }
 
     // Of neighbours in a row, from an image's row and column of the grid on.
     void store(const PixelSums& sums, int64_t channel, int64_t image, int64_t row, int64_t column,
                float* moments, int64_t moments_stride, bool first) const {
-        const int64_t out_row = image * args_.out.h + args_.grid_first.h + row * args_.grid_step.h;
-        const int64_t pixel = out_row * args_.out.w + args_.grid_first.w + column * args_.grid_step.w;
-        const int64_t element = pixel * args_.out_channels + channel;
+        const int64_t element = out_pixel(image, row, column) * args_.out_channels + channel;
         StoreTile store{};
         store.sums = sums.data;
         store.sums_stride = sums.stride;
@@ -194,6 +196,18 @@ class GatherLoop {
     const int64_t n_blocks_;
 
   private:
+    // Of the grid's, in the output.
+    int64_t out_pixel(int64_t image, int64_t row, int64_t column) const {
+        const int64_t out_row = image * args_.out.h + args_.grid_first.h + row * args_.grid_step.h;
+        return out_row * args_.out.w + args_.grid_first.w + column * args_.grid_step.w;
+    }
+
+    template <class Pixel>
+    static Range pixels_of(const Box& box, const Pixel& pixel) {
+        return {pixel(box.images.begin, box.rows.begin, box.columns.begin),
+                pixel(box.images.end - 1, box.rows.end - 1, box.columns.end - 1) + 1};
+    }
+
     int64_t pixel_bytes() const { return args_.out_channels * size_of(args_.dtype); }
 
     // A box's input is loaded again for each chunk of output channels: more than the caches ask for pay
