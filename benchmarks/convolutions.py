@@ -3,7 +3,8 @@
     python benchmarks/convolutions.py [--dtype bf16] [--batch 16] [--image-size 224] [--json results.json]
 
 Milliseconds of stock / ours, and ours in GFLOP/s; the last line is what a training step adds up to. The
-first convolution is timed too, though fastres leaves it to PyTorch: it has 3 channels.
+first convolution, of 3 channels, is timed too, though fastres leaves its gradient to PyTorch, and all of it
+at small batches.
 """
 
 import argparse

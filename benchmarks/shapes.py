@@ -37,9 +37,13 @@ def random_layer(choose: random.Random) -> dict:
             "kernel": kernel,
             "stride": choose.choice([1, 1, 2]),
             "residual": choose.random() < 0.3,
+            "groups": 1,
         }
+        if choose.random() < 0.15:
+            channels, of_group = choose.choice([64, 128, 256, 512, 1024]), choose.choice([4, 8, 16, 32, 64])
+            layer |= {"channels": [channels] * 2, "groups": channels // of_group}
         pixels = (layer["side"] // layer["stride"]) ** 2 * layer["batch"]
-        flops = 2 * pixels * kernel**2 * layer["channels"][0] * layer["channels"][1]
+        flops = 2 * pixels * kernel**2 * layer["channels"][0] * layer["channels"][1] // layer["groups"]
         if pixels > 1 and 1e6 < flops < _MOST_FLOPS:
             return layer
 
@@ -48,9 +52,8 @@ def measure(layer: dict) -> Spread:
     """Of stock's time / ours."""
     in_channels, channels = layer["channels"]
     training, dtype = layer["mode"] == "train", DTYPES[layer["dtype"]]
-    conv = nn.Conv2d(
-        in_channels, channels, layer["kernel"], layer["stride"], layer["kernel"] // 2, bias=False
-    )
+    geometry = (layer["kernel"], layer["stride"], layer["kernel"] // 2, 1, layer["groups"])
+    conv = nn.Conv2d(in_channels, channels, *geometry, bias=False)
     conv, bn = conv.to(memory_format=torch.channels_last), nn.BatchNorm2d(channels).train(training)
 
     def randn(*size: int) -> torch.Tensor:

@@ -383,7 +383,11 @@ def conv_bn_act(
             weight, conv_bias, running_mean, running_var, bn_weight, bn_bias, eps
         )
         return _pooled(pool, F.conv2d(input, *folded, stride, padding, dilation, groups))
-    output = call_without_keeping(F.conv2d, input, weight, conv_bias, stride, padding, dilation, groups)
+    output = _of_images(input, weight, conv_bias, stride, padding, dilation, groups)
+    if output is None:
+        output = call_without_keeping(F.conv2d, input, weight, conv_bias, stride, padding, dilation, groups)
+    elif record is not None:
+        record.convolved()
     return _bn_act(
         "conv_bn_relu",
         output,
@@ -429,6 +433,12 @@ def _for_ours(
         )
         faster = tuning.takes_ours(layer, faster)
     return by if faster else None
+
+
+def _of_images(input, weight, *rest) -> Tensor | None:
+    if _is_traced() or _is_special(input, weight):
+        return None
+    return convolution.of_images(input, weight, *rest)
 
 
 def _name(dtype: torch.dtype) -> str:

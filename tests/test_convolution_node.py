@@ -11,7 +11,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastres import _C, models, ops, sites
+from fastres import _C, convolution, models, ops, sites
 from fastres.recompute import set_recompute
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_layers")
@@ -55,6 +55,36 @@ def test_few_channels_of_few_values(few_values, monkeypatch):
     Case(channels=(3, 16), batch=2).check()  # asserts that it runs as one node
     many = Case(residual=False, channels=(3, 16), batch=few_values // 1024)
     assert not is_node(ops.conv_bn_relu(**many.leaves(), **many.by))
+
+
+def convolved(output: torch.Tensor) -> bool:
+    """Whether the convolution before a batch norm of ours is ours without its gradients."""
+    return type(output.grad_fn.next_functions[0][0]).__name__ == "_Conv2dBackward"
+
+
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
+@pytest.mark.parametrize("order", [1, 2], ids=["first", "second"])
+def test_of_images_the_gradients_alone_are_pytorchs(precision, order, monkeypatch):
+    monkeypatch.setattr(convolution, "_LEAST_CHANNELS", 32)
+    monkeypatch.setattr(convolution, "_MANY_VALUES", 2**16)
+    case = Case(precision, channels=(3, 32), kernel=7, stride=2, image=(33, 31), residual=False)
+    case.keep_off_the_kink()
+    results, learned = [], ("input", "weight", "bn_weight", "bn_bias")
+    for function, double in ((ops.conv_bn_relu, False), (conv_bn_relu, False), (conv_bn_relu, True)):
+        leaves = case.leaves(double, learned)
+        with contextlib.nullcontext() if double else precision.context():
+            output = function(**leaves, **case.by)
+        if function is ops.conv_bn_relu:
+            assert convolved(output) == precision.convolves
+        grads = torch.autograd.grad(
+            output, [leaves[n] for n in learned], case.grad.to(output.dtype), create_graph=order == 2
+        )
+        if order == 2:
+            penalty = sum(grad.double().square().mean() for grad in grads)
+            grads = torch.autograd.grad(penalty, [leaves[n] for n in learned[:3]])
+        results.append([output, *grads])
+    for name, *tensors in zip(("output", *learned), *results, strict=False):
+        assert_accurate(name, *tensors)
 
 
 def test_a_single_pixel_is_refused_as_by_stock():

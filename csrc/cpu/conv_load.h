@@ -74,6 +74,7 @@ struct LoadChannels {
 
     template <Prologue kind, bool with_relu>
     void run() const {
+        if constexpr (kind == Prologue::none && Words::pack * sizeof(T) == sizeof(float)) return copy();
         int64_t i = 0;
         while (i < row.columns) {
             if (element_of(row, i) < 0) {
@@ -92,23 +93,42 @@ struct LoadChannels {
   private:
     int64_t words_of_pixel() const { return (row.channels + Words::pack - 1) / Words::pack; }
 
+    // Values as they are stored: those of the row's inside follow each other.
+    void copy() const {
+        const int64_t size = words_of_pixel();
+        int64_t begin = 0, end = row.columns;
+        while (begin < end && element_of(row, begin) < 0) ++begin;
+        while (begin < end && element_of(row, end - 1) < 0) --end;
+        memset(words, 0, begin * size * sizeof(float));
+        memset(words + end * size, 0, (row.columns - end) * size * sizeof(float));
+        if (begin == end) return;
+        const T* in = static_cast<const T*>(row.row) + element_of(row, begin);
+        T* out = reinterpret_cast<T*>(words + begin * size);
+        const int64_t step = row.column_step * row.pixel_stride, out_step = size * Words::pack;
+        if (step == row.channels && out_step == row.channels) {
+            memcpy(out, in, (end - begin) * step * sizeof(T));
+            return;
+        }
+        constexpr int64_t few = 4;  // for which a call takes longer than the copy
+        for (int64_t i = begin; i < end; ++i, in += step, out += out_step) {
+            if (row.channels < few) {
+                for (int64_t c = 0; c < row.channels; ++c) out[c] = in[c];
+            } else {
+                memcpy(out, in, row.channels * sizeof(T));
+            }
+            if (out_step > row.channels) memset(out + row.channels, 0, sizeof(T));
+        }
+    }
+
     template <Prologue kind, bool with_relu, int count>
     FASTRES_INLINE_BODY void pixels(int64_t first) const {
         constexpr int lanes = kLanes<float>;
         const int64_t element = element_of(row, first), step = row.column_step * row.pixel_stride;
         const int64_t size = words_of_pixel();
         float* out = words + first * size;
-        constexpr bool copies = kind == Prologue::none && Words::pack * sizeof(T) == sizeof(float);
-        for (int p = 0; p < count; ++p) {
-            if (Words::pack == 2) out[p * size + size - 1] = 0;
-            if (copies)
-                memcpy(out + p * size, static_cast<const T*>(row.row) + element + p * step,
-                       row.channels * sizeof(T));
-        }
-        if constexpr (copies) {
-            return;
-        } else if constexpr (Words::pack == 2) {
+        if constexpr (Words::pack == 2) {
             T* values = reinterpret_cast<T*>(out);
+            for (int p = 0; p < count; ++p) out[p * size + size - 1] = 0;
             int64_t c = 0;
             for (; c + 2 * lanes <= row.channels; c += 2 * lanes) {
                 const Prepare<T, Vec<float>, kind, with_relu> left(row, c), right(row, c + lanes);
