@@ -147,7 +147,7 @@ def conv_bn_act_eval(
 
     Args: tensors: conv_bias, residual, running_mean, running_var, bn_weight, bn_bias.
     """
-    kept = packed(weight, input, by.stride, by.dilation)
+    kept = packed(weight, input, by.stride, by.dilation, groups_of(input, weight))
     with torch._C._AutoDispatchBelowAutograd():
         return _bn_act_eval(input, weight, kept, *tensors, *by, eps, relu)
 
@@ -221,10 +221,9 @@ def of_images(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry) -> 
     """F.conv2d where our convolution is the faster one, but not the gradient of its weight; else None."""
     if input.dim() != 4 or input.size(1) > _MOST_IMAGE_CHANNELS or bias is not None:
         return None
-    by = covered(input, weight, None, *geometry)
-    if by is None or not _fast_of_images(by, input, weight, compute_dtype(input)):
+    by, dtype = covered(input, weight, None, *geometry), compute_dtype(input)
+    if by is None or not _fast_of_images(by, input, weight, dtype):
         return None
-    dtype = compute_dtype(input)
     return _Conv2d.apply(input.to(dtype), weight.to(dtype), *by)
 
 

@@ -383,7 +383,9 @@ def conv_bn_act(
             weight, conv_bias, running_mean, running_var, bn_weight, bn_bias, eps
         )
         return _pooled(pool, F.conv2d(input, *folded, stride, padding, dilation, groups))
-    output = _of_images(input, weight, conv_bias, stride, padding, dilation, groups)
+    output = None
+    if needs_grad:  # without, ours was the faster one above, or was measured not to be
+        output = _of_images(input, weight, conv_bias, stride, padding, dilation, groups)
     if output is None:
         output = call_without_keeping(F.conv2d, input, weight, conv_bias, stride, padding, dilation, groups)
     elif record is not None:

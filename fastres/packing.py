@@ -37,13 +37,12 @@ def is_kept(weight: Tensor) -> bool:
     return weight in _kept and not weight.is_inference()
 
 
-def packed(weight: Tensor, input: Tensor, stride, dilation) -> Tensor | None:
+def packed(weight: Tensor, input: Tensor, stride, dilation, groups: int) -> Tensor | None:
     """`weight` as fastres::conv_bn_act_eval takes it for inputs like `input`; None if none is kept."""
     if not is_kept(weight):
         return None
     kept = _kept[weight]
     kept.forget_old(weight)
-    groups = input.size(1) // weight.size(1)
     key = input.dtype, stride, dilation, groups, _C.cpu_isa()
     if key not in kept.by_key:
         kept.by_key[key] = _pack(weight, input, stride, dilation, groups)

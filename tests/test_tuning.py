@@ -11,7 +11,7 @@ import torch.utils.checkpoint
 from layers import FLOAT32, PRECISIONS, Case, channels_last, is_node
 
 import fastres
-from fastres import files, ops, tuning
+from fastres import convolution, files, ops, tuning
 from fastres.tuning import Layer, Table, Times
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,6 +96,19 @@ def test_what_counts_for_another_layer(table, measured, monkeypatch):
     assert len(set(layers)) == len(set(map(str, layers))) == len(layers)
     # In evaluation only without a gradient there is a choice; in bf16 only where there are kernels.
     assert len(layers) == 5 * 3 + 1 + 3 * PRECISIONS["bfloat16-autocast"].convolves
+
+
+def test_a_convolution_of_images_that_was_measured_to_be_slower(table, measured, monkeypatch):
+    """In evaluation it is PyTorch's, as a whole."""
+    use(monkeypatch, "on")
+    monkeypatch.setattr(convolution, "_MANY_VALUES", 1)
+    monkeypatch.setattr(convolution, "_LEAST_CHANNELS", 32)
+    ours = []
+    monkeypatch.setattr(convolution, "_forward", lambda *arguments: ours.append(arguments))
+    case = Case(training=False, residual=False, channels=(3, 32))
+    with torch.no_grad():
+        output = ops.conv_bn_relu(**case.leaves(), **case.by)
+    assert len(measured["layers"]) == 1 and output.shape[1] == 32 and not ours
 
 
 def test_a_difference_that_is_noise_leaves_the_rule(table, monkeypatch):

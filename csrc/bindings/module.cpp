@@ -87,9 +87,7 @@ PYBIND11_MODULE(_C, module) {
             return false;
         },
         py::arg("dtype"), py::arg("in_channels") = 1, py::arg("out_channels") = 1, py::arg("groups") = 1,
-        "Whether the instruction set in use has convolutions of this dtype, in so many groups of as many "
-        "of "
-        "these channels each.");
+        "Whether the instruction set in use has convolutions of this dtype, channels and groups.");
     module.def("use_winograd", &use_winograd, py::arg("where"),
                "Multiply 3x3 convolutions of float32 and float16 by Winograd's algorithm where that is "
                "'faster', as at first, wherever it is 'possible', or 'never'.");

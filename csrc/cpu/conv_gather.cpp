@@ -21,7 +21,6 @@ class DirectLoop final : public GatherLoop {
   public:
     DirectLoop(const Gather& args, const ThreadPool& pool)
         : GatherLoop(args, pool),
-          taps_(static_cast<int64_t>(args.rows.taps.size() * args.columns.taps.size())),
           k_block_(block_of_k()),
           in_place_(is_one_row(args) && args.dtype == Dtype::f32 && kernels_.pack == 1 &&
                     args.input.prologue.kind == Prologue::none) {}
@@ -82,9 +81,7 @@ class DirectLoop final : public GatherLoop {
     void gather(const Box& box, Range n_blocks, const float* weight, Workspace& workspace, Moments* moments,
                 Prefetch& prefetch) const {
         const int64_t sums_stride = n_blocks.size() * kernels_.block;
-        const Axes patch =
-            taps_ ? Axes{args_.rows.patch(box.rows.size()), args_.columns.patch(box.columns.size())}
-                  : Axes{0, 0};
+        const Axes patch = patch_of(box);
         const Stretch stretch = stretch_of(box, patch);
         const int64_t sums_words = box.images.size() * box.rows.size() * stretch.pitch * sums_stride;
         const int64_t patch_words = in_place_ ? 0 : box.images.size() * patch.h * patch.w * k_block_;
@@ -170,15 +167,7 @@ class DirectLoop final : public GatherLoop {
                   const float* weight, const Pixels& pixels, const Sums& sums, Prefetch& prefetch) const {
         // Taps that are neighbours in the patch are one run.
         const bool merged = taps_ > 0 && args_.columns.consecutive();
-        std::vector<int64_t> runs;
-        for (const Tap& row : args_.rows.taps) {
-            for (const Tap& column : args_.columns.taps) {
-                runs.push_back(
-                    ((row.offset - args_.rows.first()) * patch.w + column.offset - args_.columns.first()) *
-                    pixels.stride);
-                if (merged) break;
-            }
-        }
+        const std::vector<int64_t> runs = runs_of(patch, pixels.stride, merged);
         MultiplyTile tile{};
         tile.row_stride = args_.columns.patch_step() * pixels.stride;
         tile.step_stride = 1;
@@ -230,7 +219,6 @@ class DirectLoop final : public GatherLoop {
                             multiply_group(n, image, row, group);
     }
 
-    const int64_t taps_;
     const int64_t k_block_;  // words that are multiplied at a time
     const bool in_place_;    // the input's memory is what is multiplied
 };

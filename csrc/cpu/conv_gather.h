@@ -82,6 +82,7 @@ class GatherLoop {
         : args_(args),
           pool_(pool),
           kernels_(*convolution_kernels(args.dtype)),
+          taps_(static_cast<int64_t>(args.rows.taps.size() * args.columns.taps.size())),
           k_words_(ceil_div(args.in_channels, kernels_.pack)),
           n_blocks_(ceil_div(args.out_channels, kernels_.block)),
           stream_(
@@ -122,6 +123,27 @@ class GatherLoop {
              args_.weight.dtype, channels, std::min<int64_t>(kernels_.block, args_.out_channels - n),
              args_.k_stride, args_.n_stride},
             words);
+    }
+
+    // Pixels of the input that a box's of one image see.
+    Axes patch_of(const Box& box) const {
+        if (taps_ == 0) return {0, 0};
+        return {args_.rows.patch(box.rows.size()), args_.columns.patch(box.columns.size())};
+    }
+
+    // Words of a patch from where a pixel of the grid begins to what each tap sees of it; or, where taps
+    // that are neighbours are `merged` into one run, to what the first of each row sees.
+    std::vector<int64_t> runs_of(Axes patch, int64_t pixel_stride, bool merged) const {
+        std::vector<int64_t> runs;
+        for (const Tap& row : args_.rows.taps) {
+            for (const Tap& column : args_.columns.taps) {
+                runs.push_back(
+                    ((row.offset - args_.rows.first()) * patch.w + column.offset - args_.columns.first()) *
+                    pixel_stride);
+                if (merged) break;
+            }
+        }
+        return runs;
     }
 
     // words[image][row][column][channel]: what the grid's pixels from `row` and `column` on see.
@@ -192,6 +214,7 @@ class GatherLoop {
     const Gather& args_;
     const ThreadPool& pool_;
     const ConvKernels& kernels_;
+    const int64_t taps_;
     const int64_t k_words_;  // of all input channels
     const int64_t n_blocks_;
 

@@ -12,7 +12,6 @@ class GroupLoop final : public GatherLoop {
   public:
     GroupLoop(const Gather& args, const ThreadPool& pool)
         : GatherLoop(args, pool),
-          taps_(static_cast<int64_t>(args.rows.taps.size() * args.columns.taps.size())),
           channels_(args.in_channels / args.groups),
           words_(channels_ / kernels_.pack),
           lanes_(lanes_of(kernels_)),
@@ -90,9 +89,7 @@ class GroupLoop final : public GatherLoop {
                 Moments* moments, Prefetch& prefetch) const {
         const int64_t block = kernels_.block, first = n_block * block;
         const int64_t channels = std::min(block, args_.out_channels - first);
-        const Axes patch =
-            taps_ ? Axes{args_.rows.patch(box.rows.size()), args_.columns.patch(box.columns.size())}
-                  : Axes{0, 0};
+        const Axes patch = patch_of(box);
         const int64_t pixel_words = ceil_div(channels, kernels_.pack);
         const int64_t sums_words = kernels_.group_rows * block;
         const int64_t patch_words = box.images.size() * patch.h * patch.w * pixel_words;
@@ -104,15 +101,7 @@ class GroupLoop final : public GatherLoop {
         if (taps_ > 0)
             load_patch(box.images, box.rows.begin, box.columns.begin, patch, first, pixel_words, words);
 
-        std::vector<int64_t> runs;
-        for (const Tap& row : args_.rows.taps) {
-            for (const Tap& column : args_.columns.taps) {
-                runs.push_back(
-                    ((row.offset - args_.rows.first()) * patch.w + column.offset - args_.columns.first()) *
-                    pixel_words);
-                if (three_taps_) break;
-            }
-        }
+        const std::vector<int64_t> runs = runs_of(patch, pixel_words, three_taps_);
         MultiplyGroups tile{};
         tile.taps = three_taps_ ? 3 : 1;
         tile.pixel_step = static_cast<int>(three_taps_ ? args_.columns.step : 1);
@@ -147,7 +136,6 @@ class GroupLoop final : public GatherLoop {
         if (moments) set_moments({n_block, n_block + 1}, box.pixels(), about, block, moments);
     }
 
-    const int64_t taps_;
     const int64_t channels_, words_;  // of a group
     const int64_t lanes_;
     const std::vector<int32_t> table_;

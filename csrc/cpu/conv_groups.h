@@ -7,6 +7,7 @@
 
 #include "core/conv2d.h"
 #include "cpu/conv_kernels.h"
+#include "cpu/isa.h"
 
 namespace fastres::cpu {
 
@@ -18,10 +19,6 @@ inline bool covers_groups(const ConvKernels& kernels, int64_t in_channels, int64
     const int64_t channels = in_channels / groups;
     const bool power_of_two = (channels & (channels - 1)) == 0;
     return in_channels == out_channels && power_of_two && channels >= 4 && channels <= kernels.block;
-}
-
-inline int lanes_of(const ConvKernels& kernels) {
-    return kernels.block / kernels.vectors;
 }
 
 // [word][lane]: where each word of a lane's group lies, from the first of the vector's groups on. Of a

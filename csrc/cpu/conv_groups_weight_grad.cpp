@@ -9,7 +9,7 @@ namespace {
 class GroupLoop : WeightGradTasks {
   public:
     GroupLoop(const ConvBackwardWeight& args, const ThreadPool& pool)
-        : WeightGradTasks(args, args.shape, taps_of(args.shape), pool),
+        : WeightGradTasks(args, args.shape, args.shape.kernel.h * args.shape.kernel.w, pool),
           lanes_(lanes_of(kernels_)),
           vectors_(kernels_.vectors),
           channels_(args.shape.in_channels / args.shape.groups),
@@ -33,8 +33,6 @@ class GroupLoop : WeightGradTasks {
     }
 
   private:
-    static int64_t taps_of(const Conv2d& shape) { return shape.kernel.h * shape.kernel.w; }
-
     // How a box's rows of the input are loaded: steps of what some entries of the kernel see, of which each
     // begins with a step of one of these copies.
     struct Rows {

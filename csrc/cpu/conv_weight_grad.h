@@ -96,17 +96,18 @@ class WeightGradTasks {
 
     // From sums[tap][in channel of the group][out channel].
     void store(const Chunk& chunk, const float* sums) const {
+        const Range in = grouped() ? Range{0, in_chunk_} : chunk.in_channels;  // of the weight
         for (int64_t kh = 0; kh < shape_.kernel.h; ++kh) {
             for (int64_t kw = 0; kw < shape_.kernel.w; ++kw) {
                 const ConvWeight& weight = args_.grad_weight;
                 const int64_t tap = kh * shape_.kernel.w + kw;
-                const int64_t element = (grouped() ? 0 : chunk.in_channels.begin * weight.stride_in) +
+                const int64_t element = in.begin * weight.stride_in +
                                         chunk.out_channels.begin * weight.stride_out +
                                         kh * weight.stride_h + kw * weight.stride_w;
-                kernels_.unpack_weight(sums + tap * in_chunk_ * out_chunk_, out_chunk_,
-                                       {static_cast<char*>(weight.data) + element * size_of(weight.dtype),
-                                        weight.dtype, grouped() ? in_chunk_ : chunk.in_channels.size(),
-                                        chunk.out_channels.size(), weight.stride_in, weight.stride_out});
+                kernels_.unpack_weight(
+                    sums + tap * in_chunk_ * out_chunk_, out_chunk_,
+                    {static_cast<char*>(weight.data) + element * size_of(weight.dtype), weight.dtype,
+                     in.size(), chunk.out_channels.size(), weight.stride_in, weight.stride_out});
             }
         }
     }

@@ -135,8 +135,12 @@ const ConvKernels* convolution_kernels(Dtype dtype) {
     return kernels().convolution[static_cast<int>(dtype)];
 }
 
+int lanes_of(const ConvKernels& kernels) {
+    return kernels.block / kernels.vectors;
+}
+
 int vectors_of(const ConvKernels& kernels, int64_t channels) {
-    const int64_t lanes = kernels.block / kernels.vectors;
+    const int64_t lanes = lanes_of(kernels);
     return static_cast<int>((std::min<int64_t>(channels, kernels.block) + lanes - 1) / lanes);
 }
 

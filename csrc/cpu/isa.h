@@ -21,6 +21,9 @@ const Kernels& kernels();
 // The convolutions in use, or null: there are none for this dtype, or PyTorch's are faster.
 const ConvKernels* convolution_kernels(Dtype dtype);
 
+// Lanes of a vector.
+int lanes_of(const ConvKernels& kernels);
+
 // Vectors of a tile that hold so many channels, or all of a block.
 int vectors_of(const ConvKernels& kernels, int64_t channels);
 
