@@ -75,7 +75,12 @@ struct FloatWords {
     static constexpr int pack = 1;
 
     FASTRES_ALWAYS Vec<float> multiply_add(Vec<float> sum, Vec<float> words, Vec<float> others) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+        asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(words), "x"(others));
+        return sum;
+#else
         return sum + words * others;
+#endif
     }
     FASTRES_ALWAYS Vec<float> multiply_add(Vec<float> sum, Vec<float> words, const float* word) {
         return multiply_add(sum, words, broadcast(*word));
