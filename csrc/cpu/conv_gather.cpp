@@ -156,6 +156,13 @@ class DirectLoop final : public GatherLoop {
         Stretch stretch;
     };
 
+    // Pixels of a group that are neighbours in a row of the output.
+    struct Strip {
+        int64_t sums;  // the first one's
+        int pixels;
+        int64_t output;  // and its place there
+    };
+
     // What the grid's first pixel and those behind it see.
     struct Pixels {
         const float* words;
@@ -180,32 +187,39 @@ class DirectLoop final : public GatherLoop {
         const int64_t block = kernels_.block, width = box.columns.size();
         const Stretch& stretch = sums.stretch;
         const int64_t groups = groups_of(stretch);
-        const auto multiply_group = [&](int64_t n, int64_t image, int64_t row, int64_t group) {
+        int64_t first = 0;  // of the group's sums
+        std::vector<Strip> strips;
+        const auto begin_group = [&](int64_t image, int64_t row, int64_t group) {
             const Range span = part(stretch.pixels, groups, group, kernels_.row_grain);
             const int64_t patch_row = image * patch.h + row * args_.rows.patch_step();
-            const int64_t first = (image * box.rows.size() + row) * stretch.pitch;
-            const int64_t channel = (n - n_blocks.begin) * block;
+            const int64_t stretch_begin = (image * box.rows.size() + row) * stretch.pitch;
+            first = stretch_begin + span.begin;
             tile.a = pixels.words +
                      (patch_row * patch.w + span.begin * args_.columns.patch_step()) * pixels.stride;
-            tile.b = weight + (n * k_words_ + k) * taps_ * block;
-            tile.sums = sums.data + (first + span.begin) * sums.stride + channel;
             tile.rows = static_cast<int>(span.size());
-            tile.vectors = cpu::vectors_of(kernels_, args_.out_channels - n * block);
-            prefetch.step();
-            if (taps_ > 0) kernels_.multiply(tile);
-            if (!last) return;
+            strips.clear();
             // Row by row, and nothing of what lies between.
-            for (int64_t r = span.begin / stretch.pitch; r * stretch.pitch < span.end; ++r) {
+            for (int64_t r = span.begin / stretch.pitch; last && r * stretch.pitch < span.end; ++r) {
                 const int64_t row_begin = r * stretch.pitch;
                 const int64_t begin = std::max(span.begin, row_begin);
                 const int64_t end = std::min(span.end, row_begin + width);
-                if (begin >= end) continue;
-                store({sums.data + (first + begin) * sums.stride + channel, sums.stride,
-                       static_cast<int>(end - begin)},
-                      n * block, box.images.begin + image, box.rows.begin + row + r,
-                      box.columns.begin + begin - row_begin,
-                      sums.moments ? sums.moments + channel : nullptr, sums.stride, first + begin == 0);
+                if (begin < end)
+                    strips.push_back({stretch_begin + begin, static_cast<int>(end - begin),
+                                      out_pixel(box.images.begin + image, box.rows.begin + row + r,
+                                                box.columns.begin + begin - row_begin)});
             }
+        };
+        const auto multiply_group = [&](int64_t n) {
+            const int64_t channel = (n - n_blocks.begin) * block;
+            tile.b = weight + (n * k_words_ + k) * taps_ * block;
+            tile.sums = sums.data + first * sums.stride + channel;
+            tile.vectors = cpu::vectors_of(kernels_, args_.out_channels - n * block);
+            prefetch.step();
+            if (taps_ > 0) kernels_.multiply(tile);
+            for (const Strip& strip : strips)
+                store({sums.data + strip.sums * sums.stride + channel, sums.stride, strip.pixels},
+                      n * block, strip.output, sums.moments ? sums.moments + channel : nullptr, sums.stride,
+                      strip.sums == 0);
         };
         // The weights of all blocks stay in the cache if they fit in; else one block's do.
         const int64_t cached_words = (kernels_.pack > 1 ? 96 : 64) * 1024;
@@ -214,9 +228,11 @@ class DirectLoop final : public GatherLoop {
         for (int64_t outer = all.begin; outer < (blocks_inside ? all.begin + 1 : all.end); ++outer)
             for (int64_t image = 0; image < box.images.size(); ++image)
                 for (int64_t row = 0; row < box.rows.size(); row += stretch.rows)
-                    for (int64_t group = 0; group < groups; ++group)
+                    for (int64_t group = 0; group < groups; ++group) {
+                        begin_group(image, row, group);
                         for (int64_t n = outer; n < (blocks_inside ? all.end : outer + 1); ++n)
-                            multiply_group(n, image, row, group);
+                            multiply_group(n);
+                    }
     }
 
     const int64_t k_block_;  // words that are multiplied at a time

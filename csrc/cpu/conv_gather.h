@@ -176,10 +176,16 @@ class GatherLoop {
             box, [&](int64_t image, int64_t row, int64_t column) { return out_pixel(image, row, column); });
     }
 
-    // Of neighbours in a row, from an image's row and column of the grid on.
-    void store(const PixelSums& sums, int64_t channel, int64_t image, int64_t row, int64_t column,
-               float* moments, int64_t moments_stride, bool first) const {
-        const int64_t element = out_pixel(image, row, column) * args_.out_channels + channel;
+    // Where the grid's pixel is in the output.
+    int64_t out_pixel(int64_t image, int64_t row, int64_t column) const {
+        const int64_t out_row = image * args_.out.h + args_.grid_first.h + row * args_.grid_step.h;
+        return out_row * args_.out.w + args_.grid_first.w + column * args_.grid_step.w;
+    }
+
+    // Of neighbours in a row, from that pixel of the output on.
+    void store(const PixelSums& sums, int64_t channel, int64_t pixel, float* moments,
+               int64_t moments_stride, bool first) const {
+        const int64_t element = pixel * args_.out_channels + channel;
         StoreTile store{};
         store.sums = sums.data;
         store.sums_stride = sums.stride;
@@ -219,12 +225,6 @@ class GatherLoop {
     const int64_t n_blocks_;
 
   private:
-    // Of the grid's, in the output.
-    int64_t out_pixel(int64_t image, int64_t row, int64_t column) const {
-        const int64_t out_row = image * args_.out.h + args_.grid_first.h + row * args_.grid_step.h;
-        return out_row * args_.out.w + args_.grid_first.w + column * args_.grid_step.w;
-    }
-
     template <class Pixel>
     static Range pixels_of(const Box& box, const Pixel& pixel) {
         return {pixel(box.images.begin, box.rows.begin, box.columns.begin),

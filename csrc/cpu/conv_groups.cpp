@@ -127,9 +127,10 @@ class GroupLoop final : public GatherLoop {
                         tile.sums = sums + c;
                         kernels_.multiply_groups(tile);
                     }
-                    store({sums, block, tile.rows}, first, box.images.begin + image, box.rows.begin + row,
-                          box.columns.begin + span.begin, moments ? about : nullptr, block,
-                          image + row + index == 0);
+                    store({sums, block, tile.rows}, first,
+                          out_pixel(box.images.begin + image, box.rows.begin + row,
+                                    box.columns.begin + span.begin),
+                          moments ? about : nullptr, block, image + row + index == 0);
                 }
             }
         }

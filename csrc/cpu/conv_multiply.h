@@ -86,12 +86,19 @@ void multiply_tile(const MultiplyTile& tile) {
             advance(1);
         }
     }
+    float* const out = tile.sums;
+    const int64_t sums_stride = tile.sums_stride;
+    if (tile.add) {
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; ++v) sums[r][v] += load(out + r * sums_stride + v * lanes);
+        }
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
-        float* out = tile.sums + r * tile.sums_stride;
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v)
-            store<false>(out + v * lanes, tile.add ? load(out + v * lanes) + sums[r][v] : sums[r][v]);
+        for (int v = 0; v < vectors; ++v) store<false>(out + r * sums_stride + v * lanes, sums[r][v]);
     }
 }
 

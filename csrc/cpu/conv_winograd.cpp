@@ -164,8 +164,8 @@ class WinogradLoop final : public GatherLoop {
                 for (int64_t i = 0; i < kTileStep; ++i) {
                     const int64_t row = kTileStep * tile_row + i;
                     if (row >= args_.grid.h) break;
-                    store({words.sums + i * row_words, block_, pixels}, n_block * block_, image, row,
-                          kTileStep * box.columns.begin, about, about_stride, first);
+                    store({words.sums + i * row_words, block_, pixels}, n_block * block_,
+                          out_pixel(image, row, kTileStep * box.columns.begin), about, about_stride, first);
                     first = false;
                 }
             }
