@@ -74,7 +74,7 @@ def _compiled(model: nn.Module, images: Tensor, dtype: str) -> Call:
 
     config.freezing = True
     stock = fastres.unfuse(model).to(memory_format=torch.channels_last).eval()
-    return _in_torch(torch.compile(stock), images, dtype)
+    return _stock(torch.compile(stock), images, dtype)
 
 
 def _openvino(path: Path, images: Tensor, dtype: str) -> Call:

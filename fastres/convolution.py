@@ -5,6 +5,7 @@ its sums where the convolution's output is stored, its gradient and the activati
 convolution's gradients load them.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -57,6 +58,16 @@ def groups_of(input: Tensor, weight: Tensor) -> int:
     return input.size(1) // max(1, weight.size(1))
 
 
+@torch.compiler.assume_constant_result
+def _has_kernels(dtype: torch.dtype, in_channels: int, out_channels: int, groups: int) -> bool:
+    return _C.convolves(_DTYPES[dtype], in_channels, out_channels, groups)
+
+
+@torch.compiler.assume_constant_result
+def _is_timed(dtype: torch.dtype) -> bool:
+    return (_C.cpu_isa(), dtype) not in untimed
+
+
 def compute_dtype(input: Tensor) -> torch.dtype:
     """What F.conv2d would compute in now."""
     casts = torch.is_autocast_enabled("cpu") and input.is_floating_point() and input.dtype != torch.float64
@@ -83,7 +94,7 @@ def covered(
     if not kernels.is_channels_last(input) or input.size(1) != groups * weight.size(1):
         return None
     channels = (input.size(1), weight.size(0))
-    if dtype not in _DTYPES or not _C.convolves(_DTYPES[dtype], *channels, groups):
+    if dtype not in _DTYPES or not _has_kernels(dtype, *channels, groups):
         return None
     same_dtype = input.dtype == weight.dtype == dtype
     if not (same_dtype or (torch.is_autocast_enabled("cpu") and weight.dtype in (dtype, torch.float32))):
@@ -104,7 +115,7 @@ def expected_faster(
     by: Geometry, input: Tensor, weight: Tensor, dtype: torch.dtype, needs_grad: bool
 ) -> bool:
     """Whether our convolution, computed in `dtype`, is as a rule faster than PyTorch's."""
-    if (_C.cpu_isa(), dtype) in untimed:
+    if not _is_timed(dtype):
         return False
     batch, channels, height, width = by.output_size(input, weight)
     values, in_channels = batch * channels * height * width, input.size(1)
@@ -115,7 +126,7 @@ def expected_faster(
 
 def _fast_of_images(by: Geometry, input: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether ours is without the gradients."""
-    if (_C.cpu_isa(), dtype) in untimed:
+    if not _is_timed(dtype):
         return False
     if input.size(1) > _MOST_IMAGE_CHANNELS or weight.size(0) < _LEAST_CHANNELS:
         return False
@@ -141,15 +152,39 @@ def pair(value, least: int) -> tuple[int, int] | None:
 
 
 def conv_bn_act_eval(
-    by: Geometry, input: Tensor, weight: Tensor, *tensors, eps: float, relu: bool
+    input: Tensor,
+    weight: Tensor,
+    conv_bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    stride,
+    padding,
+    dilation,
+    eps: float,
+    relu: bool,
 ) -> Tensor:
-    """act(batch_norm(conv2d(input)) [+ residual]) by running statistics, without a gradient.
-
-    Args: tensors: conv_bias, residual, running_mean, running_var, bn_weight, bn_bias.
-    """
-    kept = packed(weight, input, by.stride, by.dilation, groups_of(input, weight))
+    """act(batch_norm(conv2d(input)) [+ residual]) by running statistics, without a gradient."""
+    kept = packed(weight, input, tuple(stride), tuple(dilation), groups_of(input, weight))
+    rest = (conv_bias, residual, running_mean, running_var, bn_weight, bn_bias)
     with torch._C._AutoDispatchBelowAutograd():
-        return _bn_act_eval(input, weight, kept, *tensors, *by, eps, relu)
+        return _bn_act_eval(input, weight, kept, *rest, stride, padding, dilation, eps, relu)
+
+
+# As an op too: whether a weight is kept packed is found out when a compiled graph runs.
+kernels.library.define(
+    "conv_bn_act_infer(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? residual, "
+    "Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, int[] stride, int[] padding, "
+    "int[] dilation, float eps, bool relu) -> Tensor"
+)
+kernels.library.impl("conv_bn_act_infer", conv_bn_act_eval, "CPU")
+
+
+@register_fake("fastres::conv_bn_act_infer")
+def _(input, conv_weight, conv_bias, residual, mean, var, weight, bias, stride, padding, dilation, *rest):
+    return _empty(input, Geometry(stride, padding, dilation).output_size(input, conv_weight))
 
 
 @register_fake("fastres::conv_forward")
@@ -230,12 +265,13 @@ def of_images(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry) -> 
 class _ConvBnAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input_node, input, conv_weight, residual, running_mean, running_var, *rest):
-        weight, bias, *rest = rest
+        weight, bias, *rest, others = rest
         *by, momentum, eps, relu = rest
         with torch._C._AutoDispatchBelowAutograd():
-            output, conv_output, mean, rstd = _bn_act_forward(
+            output, *others[:] = _bn_act_forward(
                 input, conv_weight, residual, running_mean, running_var, weight, bias, *rest
             )
+        conv_output, mean, rstd = others
         ctx.set_materialize_grads(False)
         ctx.by, ctx.input_node, ctx.meetings = by, input_node, {}
         joins = relu and residual is not None
@@ -247,7 +283,7 @@ class _ConvBnAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         if grad is None:
-            return None, joining.leave(ctx, joining.waiting_for(ctx)), *(None,) * 12
+            return None, joining.leave(ctx, joining.waiting_for(ctx)), *(None,) * 13
         saved = recompute.take(ctx)
         _, _, weight, bias, *_ = saved
         differentiate = _differentiably if torch.is_grad_enabled() else _by_kernel
@@ -266,7 +302,7 @@ class _ConvBnAct(torch.autograd.Function):
             None,
             grad_weight.to(weight.dtype) if needs_weight else None,
             grad_bias.to(bias.dtype) if needs_bias else None,
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
@@ -343,17 +379,25 @@ recompute.register_node(_ConvBnAct)
 
 def conv_bn_act(
     input_node, input, conv_weight, residual, running_mean, running_var, weight, bias, *rest
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """act(batch_norm(conv2d(input)) [+ residual]) in training.
 
     Args:
         input_node: bn_act's or conv_bn_act's autograd node whose output `input` is and which makes it again
             in the backward pass; None: `input` is kept.
         rest: stride, padding, dilation, momentum, eps, relu.
+
+    Returns:
+        That; and conv2d(input), its mean and 1 / its standard deviation, which are not differentiable.
     """
     kernels.count_update(running_mean, running_var)
     arguments = (input, conv_weight, residual, running_mean, running_var, weight, bias, *rest)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(input, conv_weight, residual, weight, bias):
-        return _ConvBnAct.apply(input_node, *arguments)
+        others: list[Tensor] = []
+        return _ConvBnAct.apply(input_node, *arguments, others), *others
     with torch._C._AutoDispatchBelowAutograd():
-        return _bn_act_forward(*arguments)[0]
+        return _bn_act_forward(*arguments)
+
+
+# By hand, as fastres::bn_act_forward is.
+kernels.library.impl("conv_bn_act_forward", functools.partial(conv_bn_act, None), "Autograd")

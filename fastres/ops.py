@@ -373,10 +373,14 @@ def conv_bn_act(
         input = input.to(convolution.compute_dtype(input))
         if training:
             arguments = (input, weight, residual, *channel_vectors, *by, momentum, eps, relu)
-            output = call_without_keeping_values(convolution.conv_bn_act, *arguments)
+            if torch.compiler.is_dynamo_compiling():
+                output, *_ = _kernels.conv_bn_act_forward(*arguments)
+            else:
+                output, *_ = call_without_keeping_values(convolution.conv_bn_act, *arguments)
         else:
-            tensors = (input, weight, conv_bias, residual, *channel_vectors)
-            output = convolution.conv_bn_act_eval(by, *tensors, eps=eps, relu=relu)
+            traced = torch.compiler.is_dynamo_compiling()
+            infer = _kernels.conv_bn_act_infer if traced else convolution.conv_bn_act_eval
+            output = infer(input, weight, conv_bias, residual, *channel_vectors, *by, eps, relu)
         return _pooled(pool, output)
     if at_once and not relu and residual is None and _pays_folding(input, weight):
         folded = composed.fold_batch_norm(
@@ -410,7 +414,9 @@ def _for_ours(
     input, weight, residual, conv_bias, channel_vectors, geometry, training: bool, needs_grad: bool
 ) -> convolution.Geometry | None:
     """The geometry, if our convolution runs the layer and is the faster one: as measured, or by rule."""
-    if _is_traced() or _is_special(input, weight, residual, conv_bias, *channel_vectors):
+    if not torch.compiler.is_dynamo_compiling() and (
+        _is_traced() or _is_special(input, weight, residual, conv_bias, *channel_vectors)
+    ):
         return None
     by = convolution.covered(input, weight, residual, *geometry)
     if by is None:
@@ -419,7 +425,7 @@ def _for_ours(
     if _why_not_channels(weight.size(0), dtype, input.device, *channel_vectors, conv_bias) is not None:
         return None
     faster = convolution.expected_faster(by, input, weight, dtype, needs_grad)
-    if tuning.knows():
+    if not torch.compiler.is_dynamo_compiling() and tuning.knows():
         layer = tuning.Layer(
             training,
             _name(dtype),
