@@ -400,4 +400,6 @@ def conv_bn_act(
 
 
 # By hand, as fastres::bn_act_forward is.
-kernels.library.impl("conv_bn_act_forward", functools.partial(conv_bn_act, None), "Autograd")
+kernels.library.impl(
+    "conv_bn_act_forward", functools.partial(recompute.call_without_keeping_values, conv_bn_act), "Autograd"
+)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from fastres import _C  # noqa: F401  registers the ops
@@ -70,7 +71,9 @@ def _node_of(output: Tensor):
     """The autograd node of ours whose output this is, unchanged, if it can be asked for that later."""
     if not _enabled or torch.compiler.is_dynamo_compiling():
         return None
-    if torch._C._len_torch_dispatch_stack() > 0 or peek_interpreter_stack() is not None:
+    if peek_interpreter_stack() is not None:
+        return None
+    if torch._C._len_torch_dispatch_stack() > 0 and type(output) is not FunctionalTensor:
         return None
     node = output.grad_fn
     if type(node) not in _node_types or output._version != 0:

@@ -215,15 +215,16 @@ def in_stock(block, x):
 
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
 def test_a_chain_is_as_accurate_as_stock(precision, recompute):
-    block, input = make_block(precision)
-    results = (
-        run_block(block, input, precision),
-        run_block(block, input, precision, in_stock),
-        run_block(block.double(), input.double(), FLOAT32, in_stock),
-    )
-    for name, fused in results[0].items():
+    """Over some draws: the errors of one gradient of 32 values in bf16 vary more than by the bound."""
+    draws = []
+    for _ in range(6):
+        block, input = make_block(precision)
+        ours, stock = (run_block(block, input, precision, call) for call in (None, in_stock))
+        draws.append((ours, stock, run_block(block.double(), input.double(), FLOAT32, in_stock)))
+    for name in draws[0][0]:
         if "num_batches" not in name:
-            assert_accurate(name, fused, results[1][name], results[2][name])
+            sides = zip(*([side[name] for side in draw] for draw in draws), strict=True)
+            assert_accurate(name, *(torch.stack(values) for values in sides))
 
 
 @pytest.mark.parametrize("isa", _C.cpu_isas())
