@@ -1,4 +1,4 @@
-"""torch.compile of fused models: our convolutions, as nodes of one graph, with the same results and memory."""
+"""torch.compile of fused models: our convolutions in one graph, with the same results and memory."""
 
 import contextlib
 import copy
