@@ -7,6 +7,7 @@ multiplied by 1 +- 2^-9, so that the numbers of all layers round otherwise and n
 import contextlib
 import math
 
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -55,6 +56,10 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a - b).square().mean().sqrt().item()
 
 
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="without AVX-512, PyTorch's convolutions in bf16 take minutes a step",
+)
 def test_the_loss_of_a_bf16_training():
     stock = losses(True, None)
     assert stock[-5:].mean() < 0.7 * math.log(CLASSES), (

@@ -9,14 +9,16 @@ namespace fastres::cpu::FASTRES_ISA {
 // Which of a's strides is known to be 1.
 enum class Follow { either, steps, rows };
 
+// Vectors of 256 bits are multiplied in so few cycles that the instructions around count, the more where
+// another thread takes every second turn of the core's front end: with a known stride, and several steps
+// in a row, there are 22 a step of a full tile instead of 26. Vectors of 512 bits leave them time enough.
+inline constexpr bool kUnrolled = kVectorBytes < 64;
+
+// Neighbouring steps of a row. Told so, the compiler makes a step the constant of an address; it would add
+// it to each register of a row's stride.
 struct FourWords {
     float word[4];
 };
-
-// Vectors of 256 bits are multiplied in so few cycles that the instructions around count, the more where
-// another thread takes every second turn of the core's front end: with known strides, and several steps in
-// a row, there are 20 a step of a full tile instead of 25. Vectors of 512 bits leave them time enough.
-inline constexpr bool kUnrolled = kVectorBytes < 64;
 
 // The sums stay in registers: rows * vectors of them, and `vectors` for b. Each call's are added up by
 // themselves before they join those of the calls before: the rounding errors of a long sum grow with the
