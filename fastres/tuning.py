@@ -5,8 +5,8 @@ FASTRES_TUNE in the environment says where that is known from:
     on      a layer that was not measured is, when it is first met: some tenths of a second
     off     by rule alone
 
-Under torch.compile the rule alone chooses. Measurements are kept in fastres/convolutions.json of the user's cache folder, by processor, instruction set
-and versions. Delete that file to measure anew.
+Under torch.compile the rule alone chooses. Measurements are kept in fastres/convolutions.json of the user's
+cache folder, by processor, instruction set and versions. Delete that file to measure anew.
 """
 
 import contextlib

@@ -251,6 +251,19 @@ def test_limits_are_measured_once(monkeypatch, tmp_path):
     assert list(first.copy)[-1] == "memory" and min(level.speed for level in first.copy.values()) > 0
 
 
+@pytest.mark.parametrize(("speed", "size"), [(1e13, 2048), (3e9, 512)])
+def test_a_slow_product_is_not_made_larger(speed, size, monkeypatch):
+    sizes = []
+
+    def fastest(call, device):
+        sizes.append(len(call()))
+        return 2 * sizes[-1] ** 3 / speed
+
+    monkeypatch.setattr(limits, "_fastest", fastest)
+    assert limits._product_flops(2048, torch.float32, torch.device("cpu")) == pytest.approx(speed)
+    assert sizes[-1] == size
+
+
 @pytest.mark.parametrize("text", ["", "[1]", '{"a": 1}', '{"fastres_profile": 99}'])
 def test_refuses_a_file_that_is_no_profile(text, tmp_path):
     path = tmp_path / "x.json"

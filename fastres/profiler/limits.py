@@ -123,9 +123,7 @@ def _copy_speed(bytes: int, device: torch.device) -> float:
 
 def _flops(dtype: torch.dtype, device: torch.device) -> float:
     """Of the faster one of PyTorch's matrix product and, on a CPU, our convolution."""
-    size = 2048 if device.type == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = 2 * size**3 / _fastest(lambda: a @ b, device)
+    best = _product_flops(2048 if device.type == "cpu" else 8192, dtype, device)
     if device.type == "cpu" and _C.convolves(str(dtype).removeprefix("torch.")):
         shape = (8, 256, 28, 28)
         image = torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -136,6 +134,17 @@ def _flops(dtype: torch.dtype, device: torch.device) -> float:
         seconds = _fastest(lambda: forward(image, weight, None, None, *by, False), device)
         best = max(best, flops / seconds)
     return best
+
+
+def _product_flops(largest: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Of a product of square matrices: smaller ones where these are slow, as bf16 is without AVX-512."""
+    size, long = 256, 0.05  # seconds
+    while True:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        seconds = _fastest(lambda a=a, b=b: a @ b, device)
+        if size >= largest or seconds > long:
+            return 2 * size**3 / seconds
+        size *= 2
 
 
 def _fastest(call: Callable[[], object], device: torch.device) -> float:
