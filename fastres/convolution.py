@@ -10,8 +10,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.library import register_fake
+from torch import Tensor, library
 from torch.nn import functional as F
 
 from fastres import _C, composed, joining, kernels, recompute
@@ -174,49 +173,49 @@ def conv_bn_act_eval(
 
 
 # As an op too: whether a weight is kept packed is found out when a compiled graph runs.
-kernels.library.define(
+kernels.fragment.define(
     "conv_bn_act_infer(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? residual, "
     "Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, int[] stride, int[] padding, "
     "int[] dilation, float eps, bool relu) -> Tensor"
 )
-kernels.library.impl("conv_bn_act_infer", conv_bn_act_eval, "CPU")
+kernels.fragment.impl("conv_bn_act_infer", conv_bn_act_eval, "CPU")
 
 
-@register_fake("fastres::conv_bn_act_infer")
+@library.register_fake("fastres::conv_bn_act_infer")
 def _(input, conv_weight, conv_bias, residual, mean, var, weight, bias, stride, padding, dilation, *rest):
-    return _empty(input, Geometry(stride, padding, dilation).output_size(input, conv_weight))
+    return _empty_output(input, conv_weight, stride, padding, dilation)
 
 
-@register_fake("fastres::conv_forward")
+@library.register_fake("fastres::conv_forward")
 def _(input, weight, bias, residual, stride, padding, dilation, relu):
-    return _empty(input, Geometry(stride, padding, dilation).output_size(input, weight))
+    return _empty_output(input, weight, stride, padding, dilation)
 
 
-@register_fake("fastres::conv_bn_act_eval")
+@library.register_fake("fastres::conv_bn_act_eval")
 def _(input, conv_weight, packed, conv_bias, residual, running_mean, running_var, weight, bias, *rest):
     stride, padding, dilation, _eps, _relu = rest
-    return _empty(input, Geometry(stride, padding, dilation).output_size(input, conv_weight))
+    return _empty_output(input, conv_weight, stride, padding, dilation)
 
 
-@register_fake("fastres::conv_backward_input")
+@library.register_fake("fastres::conv_backward_input")
 def _(grad, weight, input_size, stride, padding, dilation):
     return _empty(grad, input_size)
 
 
-@register_fake("fastres::conv_backward_weight")
+@library.register_fake("fastres::conv_backward_weight")
 def _(grad, input, weight, stride, padding, dilation):
     return torch.empty_like(weight)
 
 
-@register_fake("fastres::conv_bn_act_forward")
+@library.register_fake("fastres::conv_bn_act_forward")
 def _(input, conv_weight, residual, running_mean, running_var, weight, bias, *rest):
     stride, padding, dilation, _momentum, _eps, _relu = rest
-    output = _empty(input, Geometry(stride, padding, dilation).output_size(input, conv_weight))
+    output = _empty_output(input, conv_weight, stride, padding, dilation)
     mean = input.new_empty(conv_weight.size(0), dtype=torch.float64)
     return output, torch.empty_like(output), mean, torch.empty_like(mean)
 
 
-@register_fake("fastres::conv_bn_act_backward")
+@library.register_fake("fastres::conv_bn_act_backward")
 def _(grad, conv_output, output, weight, bias, save_mean, save_rstd, relu, input, *rest):
     *_, conv_weight, _stride, _padding, _dilation, add_to, needs_input, needs_conv_weight = rest
     grad_weight = conv_output.new_empty(conv_output.size(1), dtype=torch.float32)
@@ -227,6 +226,10 @@ def _(grad, conv_output, output, weight, bias, save_mean, save_rstd, relu, input
         grad_weight,
         torch.empty_like(grad_weight),
     )
+
+
+def _empty_output(input: Tensor, weight: Tensor, *by) -> Tensor:
+    return _empty(input, Geometry(*by).output_size(input, weight))
 
 
 def _empty(like: Tensor, size) -> Tensor:
@@ -400,6 +403,6 @@ def conv_bn_act(
 
 
 # By hand, as fastres::bn_act_forward is.
-kernels.library.impl(
+kernels.fragment.impl(
     "conv_bn_act_forward", functools.partial(recompute.call_without_keeping_values, conv_bn_act), "Autograd"
 )

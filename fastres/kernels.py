@@ -5,8 +5,7 @@ decides which cases go to them.
 """
 
 import torch
-from torch import Tensor
-from torch.library import Library, register_autograd, register_fake
+from torch import Tensor, library
 
 from fastres import _C, composed, recompute  # _C registers the ops
 
@@ -15,7 +14,7 @@ from fastres import _C, composed, recompute  # _C registers the ops
 few_values = 2**16
 
 CUDA = bool(_C.build_info()["cuda"])
-library = Library("fastres", "FRAGMENT")
+fragment = library.Library("fastres", "FRAGMENT")
 _bn_act_forward = torch.ops.fastres.bn_act_forward.default
 _bn_act_backward = torch.ops.fastres.bn_act_backward.default
 _add_relu_backward = torch.ops.fastres.add_relu_backward.default
@@ -38,31 +37,31 @@ def same_layout(tensor: Tensor, input: Tensor) -> bool:
     )
 
 
-@register_fake("fastres::bn_act_forward")
+@library.register_fake("fastres::bn_act_forward")
 def _(input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu):
     dtype = torch.float64 if input.device.type == "cpu" else torch.float32
     mean = input.new_empty(input.size(1), dtype=dtype)
     return torch.empty_like(input), mean, torch.empty_like(mean)
 
 
-@register_fake("fastres::bn_act_again")
+@library.register_fake("fastres::bn_act_again")
 def _(input, residual, weight, bias, save_mean, save_rstd, relu):
     return torch.empty_like(input)
 
 
-@register_fake("fastres::bn_act_backward")
+@library.register_fake("fastres::bn_act_backward")
 def _(grad, input, output, weight, bias, save_mean, save_rstd, training, relu):
     grad_residual = input.new_empty(0) if output is None else torch.empty_like(input)
     grad_weight = input.new_empty(input.size(1), dtype=accumulation_dtype(input.dtype))
     return torch.empty_like(input), grad_residual, grad_weight, torch.empty_like(grad_weight)
 
 
-@register_fake("fastres::add_relu_forward")
+@library.register_fake("fastres::add_relu_forward")
 def _(input, other):
     return torch.empty_like(input)
 
 
-@register_fake("fastres::add_relu_backward")
+@library.register_fake("fastres::add_relu_backward")
 def _(grad, output):
     return torch.empty_like(output)
 
@@ -143,7 +142,7 @@ def bn_act(input, residual, running_mean, running_var, weight, bias, training, m
 
 
 # By hand and not by register_autograd, which refuses ops that update an argument in place.
-library.impl("bn_act_forward", bn_act, "Autograd")
+fragment.impl("bn_act_forward", bn_act, "Autograd")
 
 
 def _bn_act_backward_setup(ctx, inputs, output):
@@ -191,7 +190,7 @@ def _bn_act_backward_backward(ctx, *grads):
     return by_name["grad"], by_name["input"], None, by_name.get("weight"), *(None,) * 5
 
 
-register_autograd(
+library.register_autograd(
     "fastres::bn_act_backward", _bn_act_backward_backward, setup_context=_bn_act_backward_setup
 )
 
@@ -206,7 +205,7 @@ def _add_relu_gradient(ctx, grad):
     return grad_sum, grad_sum
 
 
-register_autograd("fastres::add_relu_forward", _add_relu_gradient, setup_context=_add_relu_setup)
+library.register_autograd("fastres::add_relu_forward", _add_relu_gradient, setup_context=_add_relu_setup)
 
 
 def _add_relu_backward_setup(ctx, inputs, output):
@@ -219,6 +218,6 @@ def _add_relu_double_gradient(ctx, grad):
     return _add_relu_backward(in_layout_of(grad, output), output), None
 
 
-register_autograd(
+library.register_autograd(
     "fastres::add_relu_backward", _add_relu_double_gradient, setup_context=_add_relu_backward_setup
 )

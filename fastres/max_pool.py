@@ -7,8 +7,7 @@ kept, one byte for each result, where PyTorch keeps the activation and eight byt
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.library import register_fake
+from torch import Tensor, library, nn
 from torch.nn import functional as F
 
 from fastres import kernels
@@ -62,7 +61,7 @@ def max_pool(pool: MaxPool, input: Tensor) -> Tensor:
     return F.max_pool2d(input, pool.kernel_size, pool.stride, pool.padding, 1, pool.ceil_mode)
 
 
-@register_fake("fastres::bn_relu_max_pool_forward")
+@library.register_fake("fastres::bn_relu_max_pool_forward")
 def _(input, running_mean, running_var, weight, bias, training, momentum, eps, output_size, *rest):
     output = input.new_empty((*input.shape[:2], *output_size)).to(memory_format=torch.channels_last)
     dtype = torch.float64 if input.device.type == "cpu" else torch.float32
@@ -70,7 +69,7 @@ def _(input, running_mean, running_var, weight, bias, training, momentum, eps, o
     return output, input.new_empty(output.numel(), dtype=torch.uint8), mean, torch.empty_like(mean)
 
 
-@register_fake("fastres::bn_relu_max_pool_backward")
+@library.register_fake("fastres::bn_relu_max_pool_backward")
 def _(grad, input, index, weight, bias, save_mean, save_rstd, training, kernel_size, stride, padding):
     grad_weight = input.new_empty(input.size(1), dtype=kernels.accumulation_dtype(input.dtype))
     return torch.empty_like(input), grad_weight, torch.empty_like(grad_weight)

@@ -15,7 +15,7 @@ from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastres import composed, convolution, kernels, max_pool, tuning
-from fastres.kernels import CUDA, accumulation_dtype, bn_act, is_channels_last, library, same_layout
+from fastres.kernels import CUDA, accumulation_dtype, bn_act, fragment, is_channels_last, same_layout
 from fastres.packing import is_kept
 from fastres.recompute import call_without_keeping, call_without_keeping_values
 
@@ -371,14 +371,14 @@ def conv_bn_act(
         if record is not None:
             record.convolved()
         input = input.to(convolution.compute_dtype(input))
+        traced = torch.compiler.is_dynamo_compiling()
         if training:
             arguments = (input, weight, residual, *channel_vectors, *by, momentum, eps, relu)
-            if torch.compiler.is_dynamo_compiling():
+            if traced:
                 output, *_ = _kernels.conv_bn_act_forward(*arguments)
             else:
                 output, *_ = call_without_keeping_values(convolution.conv_bn_act, *arguments)
         else:
-            traced = torch.compiler.is_dynamo_compiling()
             infer = _kernels.conv_bn_act_infer if traced else convolution.conv_bn_act_eval
             output = infer(input, weight, conv_bias, residual, *channel_vectors, *by, eps, relu)
         return _pooled(pool, output)
@@ -476,5 +476,5 @@ for _function, _arguments in {
     conv_bn_relu: f"Tensor input, Tensor weight, {_STATISTICS}, {_FACTORS.format('bn_')}, *, "
     f'Tensor? residual=None, Tensor? conv_bias=None, {_CONV}, {_NORM}, str? activation="relu"',
 }.items():
-    library.define(f"{_function.__name__}({_arguments}) -> Tensor")
-    library.impl(_function.__name__, _function, "CompositeImplicitAutograd")
+    fragment.define(f"{_function.__name__}({_arguments}) -> Tensor")
+    fragment.impl(_function.__name__, _function, "CompositeImplicitAutograd")

@@ -12,6 +12,7 @@ import torch
 from convolving import BY_GROUPS, BY_WINOGRAD, DIRECTLY
 from layers import DTYPES, units
 from PIL import Image
+from torch import library
 from torch.utils.data import TensorDataset
 
 from fastres import _C, convolution, kernels, tuning
@@ -26,10 +27,10 @@ def _declare_torchvision_ops() -> None:
     if _declared or hasattr(torch.ops.torchvision, "nms"):
         return
     source = (Path(find_spec("torchvision").origin).parent / "_meta_registrations.py").read_text()
-    library = torch.library.Library("torchvision", "DEF")
+    registry = library.Library("torchvision", "DEF")
     for name in sorted(set(re.findall(r'"(?:torchvision::)?([a-z_0-9]+)"', source))):
-        library.define(f"{name}(Tensor input) -> Tensor")
-    _declared.append(library)
+        registry.define(f"{name}(Tensor input) -> Tensor")
+    _declared.append(registry)
 
 
 @pytest.fixture(scope="session")

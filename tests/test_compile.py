@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from layers import PRECISIONS, assert_accurate, channels_last
+from saving import kept
 from torch import nn
 
 import fastres
@@ -34,7 +35,7 @@ def blocks():
         fastres.nn.BasicBlock(32, 32),
         fastres.nn.BasicBlock(32, 32),
         fastres.nn.BasicBlock(32, 64, stride=2, downsample=downsample),
-        fastres.nn.Bottleneck(64, 16, groups=1, base_width=128),
+        fastres.nn.Bottleneck(64, 16, base_width=128),
     ).to(memory_format=torch.channels_last)
 
 
@@ -99,27 +100,19 @@ def test_results_are_those_of_the_uncompiled_model(precision, backend):
 
 def test_what_is_kept_is_what_the_uncompiled_model_keeps():
     model, input = blocks(), images()
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
-    def kept(call, context) -> int:
-        storages = {}
-
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
+    def kept_by(call, context) -> int:
         with context:
             call(input).sum().backward()  # what is compiled for the first call is no part of the second
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with kept(apart_from=model.parameters()) as bytes:
                 output = call(input)
         assert output.requires_grad
-        return sum(size for storage, size in storages.items() if storage not in parameters)
+        return bytes()
 
     compiled = torch.compile(model, fullgraph=True, backend="inductor")
-    fused, stock = kept(model, contextlib.nullcontext()), kept(model, sites.stock())
+    fused, stock = kept_by(model, contextlib.nullcontext()), kept_by(model, sites.stock())
     assert fused < 0.75 * stock
-    assert kept(compiled, contextlib.nullcontext()) <= 1.02 * fused
+    assert kept_by(compiled, contextlib.nullcontext()) <= 1.02 * fused
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from convolving import poisoned
 from layers import assert_accurate, channels_last
-from torch import nn
+from saving import kept
+from torch import library, nn
 from torch.nn import functional as F
 
 import fastres
@@ -189,11 +190,11 @@ def test_opcheck(training):
         getattr(torch.ops.fastres, f"bn_relu_max_pool_{way}") for way in ("forward", "backward")
     )
     arguments = (input, mean, var, weight, bias, training, 0.1, 1e-5, pool.output_size(input), *pool[:3])
-    torch.library.opcheck(forward.default, arguments)
+    library.opcheck(forward.default, arguments)
     output, index, save_mean, save_rstd = forward(*arguments)
     grad = torch.randn_like(output)
     arguments = (grad, input, index, weight, bias, save_mean, save_rstd, training, *pool[:3])
-    torch.library.opcheck(backward.default, arguments)
+    library.opcheck(backward.default, arguments)
 
 
 X = channels_last(torch.randn(2, 4, 6, 6))
@@ -375,15 +376,9 @@ def test_what_a_stem_keeps():
     """The convolution's output and a byte for each result, instead of an activation and eight."""
     sizes = []
     for model, context in ((fastres.fuse(Stem()), contextlib.nullcontext()), (Stem(), sites.stock())):
-        kept = {}
-
-        def pack(tensor, kept=kept):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with context, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with context, kept() as bytes:
             output = model(channels_last(torch.randn(4, 3, 64, 64)))
-        sizes.append(sum(kept.values()))
+        sizes.append(bytes())
         numel = output.numel()
     activation = 4 * 4 * numel
     inputs_and_vectors = sizes[1] - 2 * activation - 8 * numel  # and the output of the relu, in place

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.nn import functional as F
 
@@ -138,28 +139,26 @@ def test_opcheck_of_the_kernel_ops(training, relu, residual, device):
     for requires_grad in (False, True):
         tensors = [t if t is None else t.clone().requires_grad_(requires_grad) for t in (input, other)]
         arguments = (*tensors, mean, var, *factors, training, 0.1, 1e-5, relu)
-        torch.library.opcheck(torch.ops.fastres.bn_act_forward.default, arguments)
+        library.opcheck(torch.ops.fastres.bn_act_forward.default, arguments)
     output, save_mean, save_rstd = torch.ops.fastres.bn_act_forward(*arguments)
     kept = output.detach() if relu and residual else None
     arguments = (torch.randn_like(input), input, kept, *factors, save_mean, save_rstd, training, relu)
-    torch.library.opcheck(torch.ops.fastres.bn_act_backward.default, arguments)
+    library.opcheck(torch.ops.fastres.bn_act_backward.default, arguments)
 
 
 def test_opcheck_of_the_public_ops(device):
     input = torch.randn(3, CHANNELS, 4, 4, device=device, requires_grad=True)
     conv = torch.randn(CHANNELS, CHANNELS, 3, 3, device=device, requires_grad=True)
     other = torch.randn_like(input)
-    library = torch.ops.fastres
-    torch.library.opcheck(library.batch_norm.default, (input, *statistics(torch.float32, device)))
-    torch.library.opcheck(
-        library.bn_relu.default, (input, *statistics(torch.float32, device), None, None, True)
-    )
-    torch.library.opcheck(library.bn_add_relu.default, (input, other, *statistics(torch.float32, device)))
-    torch.library.opcheck(library.add_relu.default, (input, other))
-    torch.library.opcheck(library.add_relu_forward.default, (input, other))
-    torch.library.opcheck(library.add_relu_backward.default, (input, other))
-    torch.library.opcheck(
-        library.conv_bn_relu.default,
+    public = torch.ops.fastres
+    library.opcheck(public.batch_norm.default, (input, *statistics(torch.float32, device)))
+    library.opcheck(public.bn_relu.default, (input, *statistics(torch.float32, device), None, None, True))
+    library.opcheck(public.bn_add_relu.default, (input, other, *statistics(torch.float32, device)))
+    library.opcheck(public.add_relu.default, (input, other))
+    library.opcheck(public.add_relu_forward.default, (input, other))
+    library.opcheck(public.add_relu_backward.default, (input, other))
+    library.opcheck(
+        public.conv_bn_relu.default,
         (input, conv, *statistics(torch.float32, device)),
         dict(residual=other, padding=[1, 1], training=True),
     )

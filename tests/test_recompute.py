@@ -6,27 +6,14 @@ import weakref
 
 import pytest
 import torch
+from saving import kept
+from torch import library
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastres import models, ops, sites
 from fastres.recompute import set_recompute
-
-
-@contextlib.contextmanager
-def kept():
-    """Counts the bytes of all saved tensors, each storage once."""
-    storages, tensors = {}, []
-
-    def pack(tensor):
-        tensor = tensor.detach()  # a node that holds its own output would never be freed
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        tensors.append(tensor)
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield lambda: sum(storages.values())
 
 
 class Chain(torch.nn.Module):
@@ -301,6 +288,6 @@ def test_again_is_checked_like_the_forward(device):
         )
         arguments = (input, other, weight, bias, mean, rstd, relu)
         assert torch.equal(op(*arguments), output)
-        torch.library.opcheck(op.default, arguments)
+        library.opcheck(op.default, arguments)
     with pytest.raises(RuntimeError, match="fastres::bn_act_again: save_mean has shape"):
         op(input, None, weight, bias, mean[:3], rstd, True)

@@ -198,8 +198,9 @@ class DirectLoop final : public GatherLoop {
                      (patch_row * patch.w + span.begin * args_.columns.patch_step()) * pixels.stride;
             tile.rows = static_cast<int>(span.size());
             strips.clear();
+            if (!last) return;
             // Row by row, and nothing of what lies between.
-            for (int64_t r = span.begin / stretch.pitch; last && r * stretch.pitch < span.end; ++r) {
+            for (int64_t r = span.begin / stretch.pitch; r * stretch.pitch < span.end; ++r) {
                 const int64_t row_begin = r * stretch.pitch;
                 const int64_t begin = std::max(span.begin, row_begin);
                 const int64_t end = std::min(span.end, row_begin + width);

@@ -76,7 +76,7 @@ struct FloatWords {
 
     FASTRES_ALWAYS Vec<float> multiply_add(Vec<float> sum, Vec<float> words, Vec<float> others) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-        // With 16 registers it matters that the sum stays in its own, which GCC sees to not always.
+        // With 16 registers it matters that the sum stays in its own, for which GCC does not always care.
         asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(words), "x"(others));
         return sum;
 #else
