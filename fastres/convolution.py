@@ -197,6 +197,16 @@ def _(input, conv_weight, packed, conv_bias, residual, running_mean, running_var
     return _empty_output(input, conv_weight, stride, padding, dilation)
 
 
+@library.register_fake("fastres::conv_bn_act_sequence")
+def _(inputs, tensors, steps, eps, outputs):
+    values = list(inputs)
+    for i in range(len(eps)):
+        source, _, *by = steps[9 * i : 9 * i + 8]
+        pairs = zip(by[::2], by[1::2], strict=True)
+        values.append(_empty_output(values[source], tensors[7 * i], *pairs))
+    return [values[output] for output in outputs]
+
+
 @library.register_fake("fastres::conv_backward_input")
 def _(grad, weight, input_size, stride, padding, dilation):
     return _empty(grad, input_size)

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-import itertools
-import linecache
 import weakref
 from collections.abc import Iterator
-from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
 
+from fastres.generated import compiled
 from fastres.patterns import Chain, containers_to_inline, find_chains, rewrite
 from fastres.trace import Trace, check_class, trace
 from fastres.vet import Untraceable
@@ -64,7 +62,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     model = _own(model, inplace, "unfuse")
     for module in model.modules():
         if is_fused(module):
-            _set_class(module, stock_class(module))
+            set_class(module, stock_class(module))
     return model
 
 
@@ -79,7 +77,7 @@ def _own(model: Any, inplace: bool, name: str) -> nn.Module:
     return model if inplace else copy.deepcopy(model)
 
 
-def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
     object.__setattr__(module, "__class__", cls)  # past nn.Module's, and the user's, __setattr__
 
 
@@ -121,12 +119,15 @@ def fuse_module(module: nn.Module) -> None:
         variant for _, variant in variants_of(module) if isinstance(variant, Variant) and variant.chains
     ]
     if variants:
-        _set_class(module, _fused_class(module, variants))
+        set_class(module, _fused_class(module, variants))
 
 
 def variants_of(module: nn.Module) -> Iterator[tuple[bool, Variant | Untraceable]]:
     """The module's forward in its present mode, and in the other one where that makes a difference."""
     if is_torch_layer(module):
+        return
+    if stock_class(module).__module__.startswith(f"{__package__}."):
+        yield module.training, Untraceable("it calls the fused operations itself")
         return
     for training in (module.training, not module.training):
         try:
@@ -155,7 +156,7 @@ def _check_pickling(module: nn.Module) -> None:
 _classes: weakref.WeakValueDictionary[tuple[Any, ...], type[nn.Module]] = weakref.WeakValueDictionary()
 
 
-class _Fused(ForeignInit):
+class Fused(ForeignInit):
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         # Written as a module of the original class, which the reader can import; fused again when read.
         create, (_, *arguments), *state = super().__reduce_ex__(max(protocol, 2))
@@ -166,14 +167,14 @@ class _Restoring(ForeignInit):
     """The class of a fused module between its creation and its state, in copying and unpickling."""
 
     def __setstate__(self, state: Any) -> None:
-        _set_class(self, stock_class(self))
+        set_class(self, stock_class(self))
         self.__setstate__(state)
         fuse_module(self)
 
 
 def _restore(cls: type[nn.Module], *arguments: Any) -> nn.Module:
     module = cls.__new__(cls, *arguments)
-    _set_class(module, _subclass(_Restoring, cls, {}))
+    set_class(module, _subclass(_Restoring, cls, {}))
     return module
 
 
@@ -205,8 +206,8 @@ def _fused_class(module: nn.Module, variants: list[Variant]) -> type[nn.Module]:
     if fused is None:
         scope = {"Tensor": Tensor, **constants}
         for index, body in enumerate(bodies):
-            scope[f"_fused_{index}"] = _compile(body.src, dict(body.globals), cls)
-        forward = _compile(source, scope, cls)
+            scope[f"_fused_{index}"] = compiled(body.src, dict(body.globals), cls)
+        forward = compiled(source, scope, cls)
         for name in (
             "__defaults__",
             "__kwdefaults__",
@@ -217,7 +218,7 @@ def _fused_class(module: nn.Module, variants: list[Variant]) -> type[nn.Module]:
         ):
             setattr(forward, name, getattr(cls.forward, name))
         names = {"forward": forward, "_variants": guards, "_defaults": defaults}
-        fused = _classes[key] = _subclass(_Fused, cls, names)
+        fused = _classes[key] = _subclass(Fused, cls, names)
     return fused
 
 
@@ -246,18 +247,6 @@ def _dispatch_source(cls: type[nn.Module], defaults: dict[str, Any], guards: lis
         lines += [f"            return _fused_{index}({', '.join(['self', *tensors])})"]
     lines += [f"    return _cls.forward({', '.join(['self', *passed])})"]
     return "\n".join(lines)
-
-
-_files = itertools.count()
-
-
-def _compile(source: str, scope: dict[str, Any], cls: type[nn.Module]) -> FunctionType:
-    """The `forward` that the source defines; a traceback or a debugger can show its lines."""
-    filename = f"<fastres.fuse {next(_files)}: {cls.__qualname__}>"
-    exec(compile(source, filename, "exec"), scope)
-    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    weakref.finalize(scope["forward"], linecache.cache.pop, filename, None)
-    return scope["forward"]
 
 
 def why_stock(module: nn.Module, *args: Any, **kwargs: Any) -> Reason | None:

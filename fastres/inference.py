@@ -5,6 +5,7 @@ from torch import nn
 
 from fastres.fuse import fuse
 from fastres.packing import keep_packed
+from fastres.sequences import run_in_sequences
 
 
 def optimize_for_inference(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -16,6 +17,11 @@ def optimize_for_inference(model: nn.Module, *, inplace: bool = False) -> nn.Mod
     in-place operation, but not one on `weight.data`. A weight that is replaced by another Parameter, or
     that was made in torch.inference_mode(), is packed at each call. Results and state_dict are those of
     `fuse(model).eval()`. Images in channels_last memory are the faster ones, too.
+
+    Where the forward can be traced, convolutions that follow each other are called as one: without Python
+    between them, and with memory that goes from one to the next. That is made anew for each shape of
+    inputs, of which the last few are kept, and after any change of the model: hooks, replaced modules,
+    attributes, loaded or cast parameters.
 
     Args:
         model: any module.
@@ -32,4 +38,5 @@ def optimize_for_inference(model: nn.Module, *, inplace: bool = False) -> nn.Mod
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             keep_packed(module.weight)
+    run_in_sequences(model)
     return model

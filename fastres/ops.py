@@ -35,7 +35,7 @@ _PLAIN = {Tensor, torch.nn.Parameter}
 record = None
 
 
-def _is_special(*tensors: Tensor | None) -> bool:
+def is_special(*tensors: Tensor | None) -> bool:
     """Whether only PyTorch's own ops know what to do: tensor subclasses, torch.func, forward-mode AD.
 
     Or a trace of torch.jit, which somebody without fastres may read, or which becomes an ONNX file.
@@ -59,7 +59,7 @@ def _is_special(*tensors: Tensor | None) -> bool:
 
 def _why_no_kernel(input: Tensor, *others: Tensor | None) -> str | None:
     """Why no kernel takes this activation; None if one does. `others` are only looked at for their kind."""
-    if _is_special(input, *others):
+    if is_special(input, *others):
         return "a tensor subclass, a transform of torch.func, forward-mode AD or torch.jit.trace is at work"
     device = input.device.type
     if not (device == "cpu" or (device == "cuda" and CUDA)):
@@ -144,12 +144,12 @@ def _bn_act(
             input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
         )
         return _pooled(pool, output)
-    if pool is not None and relu and residual is None and not _is_traced() and max_pool.covers(pool, input):
+    if pool is not None and relu and residual is None and not is_traced() and max_pool.covers(pool, input):
         return max_pool.bn_relu_max_pool(pool, input, *channel_vectors, training, momentum, eps)
     if residual is not None and not same_layout(residual, input):
         residual = torch.empty_like(input).copy_(residual)
     arguments = (input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu)
-    if _is_traced():
+    if is_traced():
         return _pooled(pool, _kernels.bn_act_forward(*arguments)[0])
     return _pooled(pool, bn_act(*arguments)[0])
 
@@ -163,7 +163,7 @@ def _pooled(pool: max_pool.MaxPool | None, output: Tensor) -> Tensor:
     return call_without_keeping(lambda values: max_pool.max_pool(pool, values), output)
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """Whether somebody records ops, and is to see this one before its autograd."""
     return (
         torch.compiler.is_dynamo_compiling()
@@ -415,7 +415,7 @@ def _for_ours(
 ) -> convolution.Geometry | None:
     """The geometry, if our convolution runs the layer and is the faster one: as measured, or by rule."""
     if not torch.compiler.is_dynamo_compiling() and (
-        _is_traced() or _is_special(input, weight, residual, conv_bias, *channel_vectors)
+        is_traced() or is_special(input, weight, residual, conv_bias, *channel_vectors)
     ):
         return None
     by = convolution.covered(input, weight, residual, *geometry)
@@ -444,7 +444,7 @@ def _for_ours(
 
 
 def _of_images(input, weight, *rest) -> Tensor | None:
-    if _is_traced() or _is_special(input, weight):
+    if is_traced() or is_special(input, weight):
         return None
     return convolution.of_images(input, weight, *rest)
 

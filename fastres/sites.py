@@ -123,6 +123,11 @@ def why_not(*modules: nn.Module | None) -> Reason | None:
     return _why_no_site()
 
 
+def watched() -> bool:
+    """Whether somebody is to see each site or module as it is called."""
+    return _listener is not None or _stock or _has_any_global_hook()
+
+
 def _why_no_site() -> Reason | None:
     if _stock:
         return _STOCK
@@ -293,7 +298,9 @@ def max_pool(pool: nn.Module, input: Tensor) -> Tensor:
         pool: any module; an nn.MaxPool2d keeps its input for no more than its shape.
         input: what it takes.
     """
-    return pool(input) if _stock else call_without_keeping(pool, input)
+    if _stock or not isinstance(input, Tensor):
+        return pool(input)
+    return call_without_keeping(pool, input)
 
 
 def _windows(pool: nn.Module | None) -> MaxPool | None:

@@ -54,6 +54,7 @@ _REFUSED_OPCODES = {
     "SETUP_WITH": "has a with statement",
 }
 _TRACING = {f"{__package__}.{name}" for name in ("vet", "watch", "trace", "aliasing", "patterns", "fuse")}
+_SITES = f"{__package__}.sites"  # whose functions call the modules themselves when they are given stand-ins
 
 
 def from_torch(module_name: str) -> bool:
@@ -62,7 +63,12 @@ def from_torch(module_name: str) -> bool:
 
 def is_machinery(module_name: str) -> bool:
     """Whether it is code that traces, and not code that is traced."""
-    return module_name in _TRACING or from_torch(module_name) or _is_stdlib(module_name.partition(".")[0])
+    return (
+        module_name in _TRACING
+        or module_name == _SITES
+        or from_torch(module_name)
+        or _is_stdlib(module_name.partition(".")[0])
+    )
 
 
 @functools.cache
@@ -135,7 +141,7 @@ def vet_global(value: Any, name: str, user: str = "forward") -> None:
         Untraceable: where the value may change, or is called for more than its result.
     """
     home = getattr(value, "__module__", None) or ""
-    if isinstance(value, FunctionType) and not is_machinery(home):
+    if isinstance(value, FunctionType) and (home == _SITES or not is_machinery(home)):
         return
     if isinstance(value, type) and issubclass(value, BaseException):
         return

@@ -1,102 +1,24 @@
 // fastres::conv_* and conv_bn_act_*: 2-d convolutions of channels-last tensors on the CPU, alone and with
-// the batch norm, residual and activation behind them.
+// the batch norm, residual and activation behind them, in training; in evaluation see conv_inference.cpp.
 #include "cpu/convolution.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cstring>
-#include <string>
 #include <tuple>
 #include <vector>
 
+#include "bindings/conv_arguments.h"
 #include "bindings/device.h"
 #include "bindings/tensor.h"
-#include "core/conv2d.h"
 #include "cpu/batch_norm.h"
-#include "cpu/conv_groups.h"
-#include "cpu/isa.h"
 
 namespace fastres::bindings {
 namespace {
 
-ConvWeight conv_weight(const char* op, const Tensor& weight) {
-    if (weight.dim() != 4 || !weight.is_cpu()) fail(op, "weight is not a 4-d tensor on the CPU");
-    const Dtype dtype = dtype_of(op, "weight", weight);
-    if (dtype == Dtype::f64) fail(op, "weight is float64; takes float32, bfloat16 or float16");
-    return {weight.data_ptr(), dtype,           weight.stride(0), weight.stride(1),
-            weight.stride(2),  weight.stride(3)};
-}
-
-void check_kernels(const char* op, Dtype dtype) {
-    if (!cpu::convolution_kernels(dtype))
-        fail(op,
-             "no kernel for " + std::string(name(dtype)) + " with instruction set " + cpu::kernels().isa);
-}
-
-void check_operand(const char* op, const char* argument, const Tensor& tensor, const Ints& size,
-                   Dtype dtype) {
-    if (tensor.dim() != 4 || !tensor.is_cpu())
-        fail(op, std::string(argument) + " is not a 4-d tensor on the CPU");
-    for (int64_t i = 0; i < 4; ++i)
-        if (tensor.size(i) != size[i])
-            fail(op, std::string(argument) + " has another shape than the convolution gives it");
-    if (!is_channels_last(tensor)) fail(op, std::string(argument) + " is not channels last");
-    if (dtype_of(op, argument, tensor) != dtype)
-        fail(op, std::string(argument) + " is not of dtype " + name(dtype));
-}
-
-int64_t out_size(int64_t in, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
-    return (in + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
-}
-
-// Of an input of this size, for kernels of `dtype`.
-Conv2d conv2d(const char* op, const Ints& input, Dtype dtype, const Tensor& weight, const Ints& stride,
-              const Ints& padding, const Ints& dilation) {
-    if (input.size() != 4) fail(op, "input is not 4-d");
-    Conv2d shape{};
-    shape.batch = input[0];
-    shape.in_channels = input[1];
-    shape.in = {input[2], input[3]};
-    shape.out_channels = weight.size(0);
-    shape.kernel = {weight.size(2), weight.size(3)};
-    shape.stride = axes(op, "stride", stride, 1);
-    shape.padding = axes(op, "padding", padding, 0);
-    shape.dilation = axes(op, "dilation", dilation, 1);
-    // Whoever counts channels in a group has said how many groups there are.
-    const int64_t of_group = weight.size(1);
-    const bool fits =
-        of_group == 0 ? shape.in_channels == 0 : shape.in_channels > 0 && shape.in_channels % of_group == 0;
-    if (!fits)
-        fail(op, "weight takes " + std::to_string(of_group) + " input channels, input has " +
-                     std::to_string(shape.in_channels));
-    shape.groups = of_group == 0 ? 1 : shape.in_channels / of_group;
-    check_kernels(op, dtype);
-    if (!cpu::covers_groups(*cpu::convolution_kernels(dtype), shape.in_channels, shape.out_channels,
-                            shape.groups))
-        fail(op, "no kernel for " + std::to_string(shape.groups) + " groups of " +
-                     std::to_string(of_group) + " input channels and " +
-                     std::to_string(shape.out_channels) + " output channels in all");
-    shape.out = {out_size(shape.in.h, shape.kernel.h, shape.stride.h, shape.padding.h, shape.dilation.h),
-                 out_size(shape.in.w, shape.kernel.w, shape.stride.w, shape.padding.w, shape.dilation.w)};
-    if (shape.out.h < 1 || shape.out.w < 1) fail(op, "the kernel is larger than the padded input");
-    return shape;
-}
-
-Ints out_sizes(const Conv2d& shape) {
-    return {shape.batch, shape.out_channels, shape.out.h, shape.out.w};
-}
-Ints in_sizes(const Conv2d& shape) {
-    return {shape.batch, shape.in_channels, shape.in.h, shape.in.w};
-}
-
 // Where the convolution's output is, seen as a batch norm's input.
 Activation activation_of(const Conv2d& shape, Dtype dtype) {
     return {shape.batch, shape.out_channels, shape.out.h * shape.out.w, /*channels_last=*/true, dtype};
-}
-
-cpu::ConvOperand plain(const Tensor& tensor) {
-    return {tensor.data_ptr(), nullptr, {}};
 }
 
 // act(batch_norm(tensor)), by coefficients that stay where they are.
@@ -116,24 +38,6 @@ cpu::ConvOperand differentiated(const Tensor& input, const cpu::BnInputGrad& gra
              by.slope.data(), false, grad.mask}};
 }
 
-Ints sizes_of(const Tensor& tensor) {
-    return {tensor.sizes().begin(), tensor.sizes().end()};
-}
-
-// Checks what goes into a convolution, and how it is asked for.
-cpu::ConvForward conv_forward(const char* op, const Tensor& input, const Tensor& weight,
-                              const OptionalTensor& residual, const Ints& stride, const Ints& padding,
-                              const Ints& dilation) {
-    cpu::ConvForward args{};
-    args.weight = conv_weight(op, weight);
-    args.dtype = dtype_of(op, "input", input);
-    args.shape = conv2d(op, sizes_of(input), args.dtype, weight, stride, padding, dilation);
-    check_operand(op, "input", input, in_sizes(args.shape), args.dtype);
-    if (residual) check_operand(op, "residual", *residual, out_sizes(args.shape), args.dtype);
-    args.input = plain(input);
-    return args;
-}
-
 // act(conv2d(input, weight, bias) [+ residual])
 Tensor forward(Tensor input, Tensor weight, OptionalTensor bias, OptionalTensor residual, Ints stride,
                Ints padding, Ints dilation, bool relu) {
@@ -146,74 +50,6 @@ Tensor forward(Tensor input, Tensor weight, OptionalTensor bias, OptionalTensor 
         args.shift = static_cast<const float*>(bias->data_ptr());
     }
     Tensor output = empty_channels_last(input, out_sizes(args.shape));
-    args.residual = residual ? residual->data_ptr() : nullptr;
-    args.relu = relu;
-    args.output = output.data_ptr();
-    cpu::conv_forward(args, torch_threads());
-    return output;
-}
-
-// Packed weights begin with how they are packed, which other instruction sets do otherwise.
-struct PackedHeader {
-    static constexpr int64_t floats = 16;  // a cache line
-
-    int32_t block, pack, groups;
-
-    explicit PackedHeader(const cpu::ConvForward& args)
-        : block(cpu::convolution_kernels(args.dtype)->block),
-          pack(cpu::convolution_kernels(args.dtype)->pack),
-          groups(static_cast<int32_t>(args.shape.groups)) {}
-};
-
-int64_t packed_bytes(const cpu::ConvForward& args) {
-    return (PackedHeader::floats + cpu::packed_floats(args, torch_threads())) * int64_t{sizeof(float)};
-}
-
-const float* packed_data(const char* op, const Tensor& packed, const cpu::ConvForward& args) {
-    const PackedHeader expected(args);
-    if (packed.dim() != 1 || packed.numel() != packed_bytes(args) || !packed.is_contiguous() ||
-        !packed.is_cpu() || packed.element_size() != 1 ||
-        std::memcmp(packed.data_ptr(), &expected, sizeof expected) != 0)
-        fail(op,
-             "packed is not what conv_pack_weight makes of this weight with the instruction set in use");
-    return static_cast<const float*>(packed.data_ptr()) + PackedHeader::floats;
-}
-
-// The weight for conv_bn_act_eval of inputs of `like`'s dtype and of any size.
-Tensor pack_weight(Tensor weight, Tensor like, Ints stride, Ints dilation, int64_t groups) {
-    constexpr const char* op = "conv_pack_weight";
-    cpu::ConvForward args{};
-    args.weight = conv_weight(op, weight);
-    const Ints smallest = {1, groups * weight.size(1),
-                           axes(op, "dilation", dilation, 1).h * weight.size(2) + 1,
-                           dilation[1] * weight.size(3) + 1};
-    args.dtype = dtype_of(op, "like", like);
-    args.shape = conv2d(op, smallest, args.dtype, weight, stride, {0, 0}, dilation);
-    Tensor packed = empty_bytes(weight, packed_bytes(args));
-    float* data = static_cast<float*>(packed.data_ptr());
-    const PackedHeader header(args);
-    std::memset(data, 0, PackedHeader::floats * sizeof(float));
-    std::memcpy(data, &header, sizeof header);
-    cpu::pack_weight(args, data + PackedHeader::floats, torch_threads());
-    return packed;
-}
-
-// act(batch_norm(conv2d(input, conv_weight, conv_bias)) [+ residual]) by the running statistics.
-Tensor bn_act_eval(Tensor input, Tensor conv_weight_tensor, OptionalTensor packed, OptionalTensor conv_bias,
-                   OptionalTensor residual, Tensor running_mean, Tensor running_var, OptionalTensor weight,
-                   OptionalTensor bias, Ints stride, Ints padding, Ints dilation, double eps, bool relu) {
-    constexpr const char* op = "conv_bn_act_eval";
-    cpu::ConvForward args =
-        conv_forward(op, input, conv_weight_tensor, residual, stride, padding, dilation);
-    if (packed) args.packed = packed_data(op, *packed, args);
-    Tensor output = empty_channels_last(input, out_sizes(args.shape));
-    const cpu::Affine affine = cpu::affine(
-        args.shape.out_channels, channel_vector(op, "conv_bias", conv_bias, output),
-        channel_vector(op, "running_mean", running_mean, output),
-        channel_vector(op, "running_var", running_var, output),
-        channel_vector(op, "weight", weight, output), channel_vector(op, "bias", bias, output), eps);
-    args.scale = affine.scale.data();
-    args.shift = affine.shift.data();
     args.residual = residual ? residual->data_ptr() : nullptr;
     args.relu = relu;
     args.output = output.data_ptr();
@@ -370,12 +206,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres, library) {
         "conv_forward(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, "
         "int[] padding, int[] dilation, bool relu) -> Tensor");
     library.def(
-        "conv_pack_weight(Tensor weight, Tensor like, int[] stride, int[] dilation, int groups) -> Tensor");
-    library.def(
-        "conv_bn_act_eval(Tensor input, Tensor conv_weight, Tensor? packed, Tensor? conv_bias, "
-        "Tensor? residual, Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, "
-        "int[] stride, int[] padding, int[] dilation, float eps, bool relu) -> Tensor");
-    library.def(
         "conv_backward_input(Tensor grad, Tensor weight, int[] input_size, int[] stride, int[] padding, "
         "int[] dilation) -> Tensor");
     library.def(
@@ -398,8 +228,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, library) {
     library.impl("conv_forward", TORCH_BOX(&forward));
-    library.impl("conv_pack_weight", TORCH_BOX(&pack_weight));
-    library.impl("conv_bn_act_eval", TORCH_BOX(&bn_act_eval));
     library.impl("conv_backward_input", TORCH_BOX(&backward_input));
     library.impl("conv_backward_weight", TORCH_BOX(&backward_weight));
     library.impl("conv_bn_act_forward", TORCH_BOX(&bn_act_forward));

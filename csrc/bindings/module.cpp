@@ -59,6 +59,17 @@ void use_winograd(const std::string& where) {
     throw std::invalid_argument("where is '" + where + "', expected faster, possible or never");
 }
 
+bool hold(const py::list& dicts, const py::tuple& values) {
+    size_t i = 0;
+    for (const py::handle dict : dicts) {
+        if (!PyDict_Check(dict.ptr())) return false;
+        PyObject *key = nullptr, *value = nullptr;
+        for (Py_ssize_t at = 0; PyDict_Next(dict.ptr(), &at, &key, &value); ++i)
+            if (i == values.size() || value != PyTuple_GET_ITEM(values.ptr(), i)) return false;
+    }
+    return i == values.size();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -109,5 +120,7 @@ PYBIND11_MODULE(_C, module) {
     module.def(
         "release_memory", [] { fastres::cpu::MemoryPool::instance().release(); },
         "Give the idle part of the kept memory back to the system.");
+    module.def("hold", &hold, py::arg("dicts"), py::arg("values"),
+               "Whether the values of the dicts, one dict after the other, are these very objects.");
     module.def("kernels", &kernels, "Names of all kernels that this build can run on this machine.");
 }

@@ -99,8 +99,8 @@ std::optional<Tensor> from_pool(const int64_t* sizes, const int64_t* strides, in
     return Tensor(handle);
 }
 
-void check_channels(const char* op, const char* argument, const Tensor& tensor, const Tensor& input) {
-    const int64_t channels = input.size(1);
+void check_channels(const char* op, const char* argument, const Tensor& tensor, const Tensor& input,
+                    int64_t channels) {
     if (tensor.dim() != 1 || tensor.size(0) != channels)
         fail(op, std::string(argument) + " has shape " + shape_text(tensor) + ", expected [" +
                      std::to_string(channels) + "] (one value a channel)");
@@ -172,8 +172,13 @@ void check_like_input(const char* op, const char* argument, const Tensor& tensor
 
 ChannelVector channel_vector(const char* op, const char* argument, const OptionalTensor& tensor,
                              const Tensor& input) {
+    return channel_vector(op, argument, tensor, input, input.size(1));
+}
+
+ChannelVector channel_vector(const char* op, const char* argument, const OptionalTensor& tensor,
+                             const Tensor& input, int64_t channels) {
     if (!tensor) return {};
-    check_channels(op, argument, *tensor, input);
+    check_channels(op, argument, *tensor, input, channels);
     const Dtype dtype = dtype_of(op, argument, *tensor);
     const Dtype input_dtype = dtype_of(op, "input", input);
     if (dtype != input_dtype && dtype != accumulation_dtype(input_dtype))
@@ -184,7 +189,7 @@ ChannelVector channel_vector(const char* op, const char* argument, const Optiona
 
 void check_statistics(const char* op, const char* argument, const Tensor& tensor, const Tensor& input,
                       Dtype dtype) {
-    check_channels(op, argument, tensor, input);
+    check_channels(op, argument, tensor, input, input.size(1));
     const Dtype actual = dtype_of(op, argument, tensor);
     if (actual != dtype)
         fail(op, std::string(argument) + " is " + name(actual) + ", expected " + name(dtype));

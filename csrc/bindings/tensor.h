@@ -39,6 +39,9 @@ void check_like_input(const char* op, const char* argument, const Tensor& tensor
 // an input of its own dtype, and float64 only float64, as in torch.nn.functional.batch_norm.
 ChannelVector channel_vector(const char* op, const char* argument, const OptionalTensor& tensor,
                              const Tensor& input);
+// The same of another tensor like input, of so many channels.
+ChannelVector channel_vector(const char* op, const char* argument, const OptionalTensor& tensor,
+                             const Tensor& input, int64_t channels);
 
 // Checks that `tensor` holds one value of `dtype` a channel, dense, on input's device.
 void check_statistics(const char* op, const char* argument, const Tensor& tensor, const Tensor& input,

@@ -1,0 +1,273 @@
+"""A model's forward in inference with its convolutions in sequences, each of which is one call.
+
+Between two convolutions Python decides what runs, which takes longer than a convolution of few pixels. Here
+the whole forward is traced, run once to see which convolutions are ours for an input of that kind, and
+written anew with every run of them as one op. That holds until something about the model changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from fastres import _C, inplace, ops, sites
+from fastres.convolution import compute_dtype, pair
+from fastres.fuse import Fused, is_fused, set_class
+from fastres.generated import compiled
+from fastres.packing import is_kept, packed
+from fastres.patterns import find_chains, rewrite
+from fastres.snapshot import Snapshot
+from fastres.trace import trace, untouched
+from fastres.vet import Untraceable
+from fastres.watch import is_torch_layer, stock_class
+
+_run = torch.ops.fastres.conv_bn_act_sequence.default
+_SITES = (sites.conv_bn_act, inplace.conv_bn_act)
+_MOST_KINDS = 8  # of inputs, whose forwards are kept
+_MOST_CHANGES = 16  # of the model from call to call, after which it is left alone
+
+Forward = Callable[[nn.Module, Tensor], Any]
+
+
+def run_in_sequences(model: nn.Module) -> None:
+    """Have the model's forward run in sequences, or its parts' where it cannot be traced itself.
+
+    As in fuse(), a module gets a subclass of its class, and the forward that it had runs wherever the other
+    does not hold.
+    """
+    forwards = None if is_torch_layer(model) else Forwards(model)
+    if forwards is not None and forwards.graph is not None:
+        set_class(model, _class_in_sequences(model, forwards))
+        forwards.watch()
+    else:
+        for child in model.children():
+            run_in_sequences(child)
+
+
+def _class_in_sequences(module: nn.Module, forwards: Forwards) -> type[nn.Module]:
+    base = type(module)
+
+    @functools.wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # Another one than the module has a copy of its attributes, and this class.
+        if not torch.compiler.is_dynamo_compiling() and self is forwards.model and not kwargs:
+            run = forwards.of(*args) if len(args) == 1 else None
+            if run is not None:
+                return run(self, *args)
+        return base.forward(self, *args, **kwargs)
+
+    names = {name: vars(base).get(name) for name in ("__module__", "__qualname__", "__doc__")}
+    names |= {"__qualname__": base.__qualname__, "forward": forward, "_stock_class": stock_class(module)}
+    names |= {"_variants": getattr(base, "_variants", [[]]), "_defaults": getattr(base, "_defaults", {})}
+    return type(base)(base.__name__, (base,) if is_fused(module) else (Fused, base), names)
+
+
+class Forwards:
+    """A model's forward in sequences, for some kinds of inputs; each is made when its kind comes.
+
+    Args:
+        model: any module.
+
+    Attributes:
+        graph: its forward down to the layers of torch.nn, with what is fused there; None where that cannot
+            be traced.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.graph = _whole_graph(model)
+        self._by_kind: dict[tuple[Any, ...], Forward | None] = {}
+        self._changes = 0
+
+    def watch(self) -> None:
+        """The model is from now on not to change."""
+        weights = [module.weight for module in self.model.modules() if isinstance(module, nn.Conv2d)]
+        self._snapshot = Snapshot(self.model, filter(is_kept, weights))
+        self._by_kind = {}
+
+    def of(self, input: Any) -> Forward | None:
+        """What runs instead of the model's forward now; None if that does."""
+        if type(input) is not Tensor or self.model.training or self._changes > _MOST_CHANGES:
+            return None
+        if ops.is_special(input) or ops.is_traced() or sites.watched():
+            return None
+        if not self._snapshot.holds():
+            # The next call takes the trouble, if by then the model is still what it is now.
+            self._changes += 1
+            if not self._snapshot.structure_holds():
+                self.graph = None
+            self.watch()
+            return None
+        self._changes = 0
+        if torch.is_grad_enabled() and (input.requires_grad or self._snapshot.requires_grad()):
+            return None
+        kind = (
+            input.shape,
+            input.stride(),
+            input.dtype,
+            input.device,
+            compute_dtype(input),
+            torch.is_autocast_enabled("cpu"),
+            torch.get_num_threads(),
+            _C.cpu_isa(),
+        )
+        if kind not in self._by_kind:
+            while len(self._by_kind) >= _MOST_KINDS:
+                self._by_kind.pop(next(iter(self._by_kind)), None)
+            self._by_kind[kind] = self._made_for(input)
+        return self._by_kind[kind]
+
+    def _made_for(self, input: Tensor) -> Forward | None:
+        """None where no convolution of ours runs for such an input."""
+        self.graph = self.graph or _whole_graph(self.model)
+        if self.graph is None:
+            return None
+        graph = copy.deepcopy(self.graph)
+        with sites.record() as records:
+            watching = _Watching(self.model, graph, records)
+            watching.run(input)
+        if not watching.steps:
+            return None
+        _put_sequences(graph, watching.steps)
+        body = graph.python_code("self")
+        return compiled(body.src, dict(body.globals), stock_class(self.model))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Making a forward
+# ---------------------------------------------------------------------------------------------------------
+
+
+def _whole_graph(model: nn.Module) -> fx.Graph | None:
+    inlined = frozenset(_traceable(model))
+    try:
+        whole = trace(model, training=False, inline=inlined)
+    except Untraceable:
+        return None
+    chains = find_chains(whole)
+    guards = rewrite(whole, chains, inlined)
+    inputs = [node for node in whole.graph.nodes if node.op == "placeholder"]
+    if len(inputs) != 1 or not any(chain.conv for chain in chains):
+        return None
+    if not all(guard.holds(model) for guard in (*whole.guards, *guards)):
+        return None
+    for node in whole.graph.nodes:
+        if whole.calls(node, nn.Identity) and untouched(whole.callee(node), nn.Identity):
+            node.replace_all_uses_with(node.args[0])
+            whole.graph.erase_node(node)
+    return whole.graph
+
+
+def _traceable(module: nn.Module) -> Iterator[nn.Module]:
+    """The module's children, their children and so on that can be traced, but for torch's layers."""
+    for child in module.children():
+        if not is_torch_layer(child):
+            try:
+                trace(child, training=False)
+            except Untraceable:
+                continue
+            yield child
+        yield from _traceable(child)
+
+
+class _Step(NamedTuple):
+    """A convolution that ran by our kernels, with what follows it."""
+
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d
+    relu: bool
+    geometry: tuple[tuple[int, int], ...]  # stride, padding, dilation
+    packed: Tensor
+    dtype: torch.dtype
+
+
+class _Watching(fx.Interpreter):
+    """Runs a graph that fuse() made, and notes which of its calls a sequence can make."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, records: list[sites.Record]) -> None:
+        super().__init__(fx.GraphModule(model, graph))
+        self.extra_traceback = False  # errors are the model's own
+        self.steps: dict[fx.Node, _Step] = {}
+        self._records = records
+        self._original = dict(zip(self.module.graph.nodes, graph.nodes, strict=True))
+
+    def run_node(self, node: fx.Node) -> Any:
+        before = len(self._records)
+        output = super().run_node(node)
+        if node.target in _SITES and len(self._records) == before + 1:
+            step = self._step(node, self._records[before], output)
+            if step is not None:
+                self.steps[self._original[node]] = step
+        return output
+
+    def _step(self, node: fx.Node, record: sites.Record, output: Tensor) -> _Step | None:
+        (conv, bn, *_), _ = self.fetch_args_kwargs_from_env(node)
+        relu = node.kwargs["relu"]
+        whole = "conv_bn" + ("_add" if len(_values(node)) > 1 else "") + ("_relu" if relu else "")
+        if not (record.fused and record.own_convolution and record.ran == whole) or "pool" in node.kwargs:
+            return None
+        if bn.training or bn.running_mean is None or bn.running_var is None:
+            return None
+        geometry = pair(conv.stride, 1), pair(conv.padding, 0), pair(conv.dilation, 1)
+        kept = packed(conv.weight, output, geometry[0], geometry[2], conv.groups)
+        return None if kept is None else _Step(conv, bn, relu, geometry, kept, output.dtype)
+
+
+def _values(node: fx.Node) -> list[fx.Node]:
+    """Of a site: its input, and what is added."""
+    return [value for value in node.args[3:] if value is not None]
+
+
+def _put_sequences(graph: fx.Graph, steps: dict[fx.Node, _Step]) -> None:
+    """Replace the calls of steps that follow each other by one call."""
+    for number, nodes in enumerate(_sequences(graph, steps)):
+        inputs = list(dict.fromkeys(v for node in nodes for v in _values(node) if v not in nodes))
+        outputs = [node for node in nodes if node.users.keys() - set(nodes)]
+        call = _sequence(nodes, [steps[node] for node in nodes], inputs, outputs)
+        call.__name__ = f"sequence_{number}"
+        with graph.inserting_after(nodes[-1]):
+            results = graph.call_function(call, tuple(inputs))
+        with graph.inserting_after(results):
+            for i, node in enumerate(outputs):
+                node.replace_all_uses_with(graph.call_function(operator.getitem, (results, i)))
+        for node in reversed(nodes):
+            graph.erase_node(node)
+    for node in reversed(list(graph.nodes)):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+
+
+def _sequences(graph: fx.Graph, steps: dict[fx.Node, _Step]) -> list[list[fx.Node]]:
+    calls = [node for node in graph.nodes if node.op != "get_attr"]
+    runs = itertools.groupby(calls, key=lambda node: node in steps and steps[node].dtype)
+    return [list(nodes) for dtype, nodes in runs if dtype]
+
+
+def _sequence(
+    nodes: list[fx.Node], steps: list[_Step], inputs: list[fx.Node], outputs: list[fx.Node]
+) -> Callable[..., list[Tensor]]:
+    """One call of these steps."""
+    values, dtype = [*inputs, *nodes], steps[0].dtype
+    rows, tensors, eps = [], [], []
+    for node, step in zip(nodes, steps, strict=True):
+        conv, bn = step.conv, step.bn
+        input, residual = [*map(values.index, _values(node)), -1][:2]
+        rows += [input, residual, *itertools.chain.from_iterable(step.geometry), int(step.relu)]
+        tensors += [conv.weight, step.packed, conv.bias]
+        tensors += [bn.running_mean, bn.running_var, bn.weight, bn.bias]
+        eps.append(bn.eps)
+    wanted = list(map(values.index, outputs))
+
+    def sequence(*inputs: Tensor) -> list[Tensor]:
+        inputs = [input.to(dtype) for input in inputs]
+        with torch._C._AutoDispatchBelowAutograd():
+            return _run(inputs, tensors, rows, eps, wanted)
+
+    return sequence

@@ -1,0 +1,69 @@
+"""Telling whether anything about a model has changed that its forward may depend on."""
+
+from collections.abc import Iterable
+from operator import attrgetter, methodcaller
+
+from torch import Tensor, nn
+
+from fastres import _C
+from fastres.watch import stock_class
+
+# Dicts that change without becoming other dicts.
+_DICTS = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_address = methodcaller("data_ptr")
+_version = attrgetter("_version")
+_forward = attrgetter("forward")
+
+
+class Snapshot:
+    """The attributes of a model's modules as they are now: which objects, not what is in them.
+
+    Of classes also their forward; of parameters and buffers also where their memory is; of `counted` ones
+    also how often autograd saw them change.
+
+    Args:
+        model: any module.
+        counted: some of its tensors, none of them made in torch.inference_mode().
+    """
+
+    def __init__(self, model: nn.Module, counted: Iterable[Tensor] = ()) -> None:
+        self._modules = list(model.modules())
+        self._classes = list(map(type, self._modules))
+        self._own_classes = list({*self._classes, *map(stock_class, self._modules)})
+        self._forwards = list(map(_forward, self._own_classes))
+        attributes = [vars(module) for module in self._modules]
+        self._dicts = [*attributes, *(by_name[name] for name in _DICTS for by_name in attributes)]
+        self._values = tuple(value for by_name in self._dicts for value in by_name.values())
+        self._tensors = [*model.parameters(), *model.buffers()]
+        self._addresses = list(map(_address, self._tensors))
+        self._counted = list(counted)
+        self._versions = list(map(_version, self._counted))
+
+    def holds(self) -> bool:
+        """Whether all of that is as it was."""
+        # Without a loop in Python: this is asked at every call of the model.
+        return (
+            self.structure_holds()
+            and list(map(_version, self._counted)) == self._versions
+            and list(map(_address, self._tensors)) == self._addresses
+        )
+
+    def structure_holds(self) -> bool:
+        """Whether the modules, their classes and attributes are."""
+        return (
+            _C.hold(self._dicts, self._values)
+            and list(map(type, self._modules)) == self._classes
+            and list(map(_forward, self._own_classes)) == self._forwards
+        )
+
+    def requires_grad(self) -> bool:
+        """Whether a parameter asks for a gradient."""
+        return any(tensor.requires_grad for tensor in self._tensors)
