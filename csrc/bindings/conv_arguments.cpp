@@ -1,7 +1,9 @@
 #include "bindings/conv_arguments.h"
 
+#include <cstring>
 #include <string>
 
+#include "bindings/device.h"
 #include "cpu/conv_groups.h"
 #include "cpu/isa.h"
 
@@ -16,6 +18,21 @@ void check_kernels(const char* op, Dtype dtype) {
 
 int64_t out_size(int64_t in, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
     return (in + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+}
+
+struct PackedHeader {
+    static constexpr int64_t floats = 16;  // a cache line
+
+    int32_t block, pack, groups;
+
+    explicit PackedHeader(const cpu::ConvForward& args)
+        : block(cpu::convolution_kernels(args.dtype)->block),
+          pack(cpu::convolution_kernels(args.dtype)->pack),
+          groups(static_cast<int32_t>(args.shape.groups)) {}
+};
+
+int64_t packed_bytes(const cpu::ConvForward& args) {
+    return (PackedHeader::floats + cpu::packed_floats(args, torch_threads())) * int64_t{sizeof(float)};
 }
 
 }  // namespace
@@ -101,6 +118,35 @@ cpu::ConvForward conv_forward(const char* op, const Tensor& input, const Tensor&
     if (residual) check_operand(op, "residual", *residual, out_sizes(args.shape), dtype);
     args.input = plain(input);
     return args;
+}
+
+Tensor empty_packed(const Tensor& like, const cpu::ConvForward& args) {
+    Tensor packed = empty_bytes(like, packed_bytes(args));
+    const PackedHeader header(args);
+    std::memset(packed.data_ptr(), 0, PackedHeader::floats * sizeof(float));
+    std::memcpy(packed.data_ptr(), &header, sizeof header);
+    return packed;
+}
+
+const float* packed_data(const char* op, const Tensor& packed, const cpu::ConvForward& args) {
+    const PackedHeader expected(args);
+    if (packed.dim() != 1 || packed.numel() != packed_bytes(args) || !packed.is_contiguous() ||
+        !packed.is_cpu() || packed.element_size() != 1 ||
+        std::memcmp(packed.data_ptr(), &expected, sizeof expected) != 0)
+        fail(op,
+             "packed is not what conv_pack_weight makes of this weight with the instruction set in use");
+    return static_cast<const float*>(packed.data_ptr()) + PackedHeader::floats;
+}
+
+cpu::Affine running_affine(const char* op, const OptionalTensor& conv_bias,
+                           const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                           const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& like,
+                           int64_t channels, double eps) {
+    return cpu::affine(channels, channel_vector(op, "conv_bias", conv_bias, like, channels),
+                       channel_vector(op, "running_mean", running_mean, like, channels),
+                       channel_vector(op, "running_var", running_var, like, channels),
+                       channel_vector(op, "weight", weight, like, channels),
+                       channel_vector(op, "bias", bias, like, channels), eps);
 }
 
 }  // namespace fastres::bindings

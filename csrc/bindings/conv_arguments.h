@@ -5,6 +5,7 @@
 
 #include "bindings/tensor.h"
 #include "core/conv2d.h"
+#include "cpu/batch_norm.h"
 #include "cpu/convolution.h"
 
 namespace fastres::bindings {
@@ -29,6 +30,18 @@ cpu::ConvForward conv_forward(const char* op, const Ints& input, Dtype dtype, co
 cpu::ConvForward conv_forward(const char* op, const Tensor& input, const Tensor& weight,
                               const OptionalTensor& residual, const Ints& stride, const Ints& padding,
                               const Ints& dilation);
+
+// Of such a convolution's weight as conv_pack_weight leaves it, which begins with how it is packed: other
+// instruction sets do it otherwise.
+Tensor empty_packed(const Tensor& like, const cpu::ConvForward& args);
+const float* packed_data(const char* op, const Tensor& packed, const cpu::ConvForward& args);
+
+// batch_norm(sums + conv_bias) by the running statistics, as one product and sum, of activations like
+// `like`.
+cpu::Affine running_affine(const char* op, const OptionalTensor& conv_bias,
+                           const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                           const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& like,
+                           int64_t channels, double eps);
 
 inline cpu::ConvOperand plain(const Tensor& tensor) {
     return {tensor.data_ptr(), nullptr, {}};
