@@ -425,7 +425,12 @@ def _for_ours(
     if _why_not_channels(weight.size(0), dtype, input.device, *channel_vectors, conv_bias) is not None:
         return None
     faster = convolution.expected_faster(by, input, weight, dtype, needs_grad)
-    if not torch.compiler.is_dynamo_compiling() and tuning.knows():
+    if torch.compiler.is_dynamo_compiling():
+        return by if faster else None
+    kept = not training and is_kept(weight)
+    if not training and not kept:
+        faster = faster and convolution.pays_packing(by, input, weight)
+    if tuning.knows():
         layer = tuning.Layer(
             training,
             _name(dtype),
@@ -436,7 +441,7 @@ def _for_ours(
             residual is not None,
             needs_grad,
             needs_grad and input.requires_grad,
-            not training and is_kept(weight),
+            kept,
             torch.get_num_threads(),
         )
         faster = tuning.takes_ours(layer, faster)

@@ -9,6 +9,7 @@ from layers import Case, assert_accurate, channels_last, conv_bn_relu, is_node
 from torch.autograd import forward_ad
 
 from fastres import _C, convolution, models, ops, sites
+from fastres.packing import keep_packed
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_layers")
 
@@ -178,3 +179,29 @@ def test_a_trace_runs_where_fastres_is_not_installed(training, grad, tmp_path):
             expected = model(input)
     torch.testing.assert_close(output, expected)
     assert output.requires_grad == grad
+
+
+# ---------------------------------------------------------------------------------------------------------
+# what PyTorch is faster at
+
+
+@pytest.mark.skipif(not _C.convolves("float32"), reason="there are no convolutions for this processor")
+@pytest.mark.parametrize(
+    ("batch", "channels", "training", "kept", "ours"),
+    [
+        (1, 128, False, False, False),
+        (1, 128, False, True, True),
+        (1, 128, True, False, True),
+        (4, 128, False, False, True),
+        (1, 64, False, False, True),
+    ],
+)
+def test_packing_a_large_weight_for_few_pixels(batch, channels, training, kept, ours):
+    """64 an image; a weight of 147,456 values, or of 36,864."""
+    conv, bn = torch.nn.Conv2d(channels, channels, 3, padding=1, bias=False), torch.nn.BatchNorm2d(channels)
+    if kept:
+        keep_packed(conv.weight)
+    with torch.no_grad(), sites.record() as records:
+        input = torch.randn(batch, channels, 8, 8).to(memory_format=torch.channels_last)
+        sites.conv_bn_act(conv, bn.train(training), None, input, relu=True)
+    assert [record.own_convolution for record in records] == [ours]
