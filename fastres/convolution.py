@@ -129,8 +129,10 @@ def expected_faster(
 
 def pays_packing(by: Geometry, input: Tensor, weight: Tensor) -> bool:
     """Whether ours may be the faster one in evaluation where the weight is packed for this call alone."""
+    if weight.numel() < _MANY_WEIGHTS:
+        return True
     batch, _, height, width = by.output_size(input, weight)
-    return batch * height * width >= _FEWEST_PIXELS_TO_PACK or weight.numel() < _MANY_WEIGHTS
+    return batch * height * width >= _FEWEST_PIXELS_TO_PACK
 
 
 def _fast_of_images(by: Geometry, input: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:

@@ -174,14 +174,16 @@ class _Restoring(ForeignInit):
 
 def _restore(cls: type[nn.Module], *arguments: Any) -> nn.Module:
     module = cls.__new__(cls, *arguments)
-    set_class(module, _subclass(_Restoring, cls, {}))
+    set_class(module, subclass(_Restoring, cls, {}))
     return module
 
 
-def _subclass(mixin: type, cls: type[nn.Module], namespace: dict[str, Any]) -> type[nn.Module]:
-    names = {name: vars(cls).get(name) for name in ("__module__", "__qualname__", "__doc__")}
-    names["__qualname__"] = cls.__qualname__
-    return type(cls)(cls.__name__, (mixin, cls), {**names, "_stock_class": cls, **namespace})
+def subclass(mixin: type, cls: type[nn.Module], namespace: dict[str, Any]) -> type[nn.Module]:
+    """A class of the same name, which knows the one that it stands for; `mixin` comes first in it once."""
+    names = {name: vars(cls).get(name) for name in ("__module__", "__doc__")}
+    names |= {"__qualname__": cls.__qualname__, "_stock_class": getattr(cls, "_stock_class", cls)}
+    bases = (cls,) if issubclass(cls, mixin) else (mixin, cls)
+    return type(cls)(cls.__name__, bases, {**names, **namespace})
 
 
 def _fused_class(module: nn.Module, variants: list[Variant]) -> type[nn.Module]:
@@ -218,7 +220,7 @@ def _fused_class(module: nn.Module, variants: list[Variant]) -> type[nn.Module]:
         ):
             setattr(forward, name, getattr(cls.forward, name))
         names = {"forward": forward, "_variants": guards, "_defaults": defaults}
-        fused = _classes[key] = _subclass(Fused, cls, names)
+        fused = _classes[key] = subclass(Fused, cls, names)
     return fused
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from fastres import _C, inplace, ops, sites
 from fastres.convolution import compute_dtype, pair
-from fastres.fuse import Fused, is_fused, set_class
+from fastres.fuse import Fused, set_class, subclass
 from fastres.generated import compiled
 from fastres.packing import is_kept, packed
 from fastres.patterns import find_chains, rewrite
@@ -63,10 +63,8 @@ def _class_in_sequences(module: nn.Module, forwards: Forwards) -> type[nn.Module
                 return run(self, *args)
         return base.forward(self, *args, **kwargs)
 
-    names = {name: vars(base).get(name) for name in ("__module__", "__qualname__", "__doc__")}
-    names |= {"__qualname__": base.__qualname__, "forward": forward, "_stock_class": stock_class(module)}
-    names |= {"_variants": getattr(base, "_variants", [[]]), "_defaults": getattr(base, "_defaults", {})}
-    return type(base)(base.__name__, (base,) if is_fused(module) else (Fused, base), names)
+    variants, defaults = getattr(base, "_variants", [[]]), getattr(base, "_defaults", {})
+    return subclass(Fused, base, {"forward": forward, "_variants": variants, "_defaults": defaults})
 
 
 class Forwards:

@@ -125,7 +125,7 @@ def why_not(*modules: nn.Module | None) -> Reason | None:
 
 def watched() -> bool:
     """Whether somebody is to see each site or module as it is called."""
-    return _listener is not None or _stock or _has_any_global_hook()
+    return _listener is not None or _why_no_site() is not None
 
 
 def _why_no_site() -> Reason | None:

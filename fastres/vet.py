@@ -53,8 +53,9 @@ _REFUSED_OPCODES = {
     "SETUP_FINALLY": "has a try statement",
     "SETUP_WITH": "has a with statement",
 }
-_TRACING = {f"{__package__}.{name}" for name in ("vet", "watch", "trace", "aliasing", "patterns", "fuse")}
 _SITES = f"{__package__}.sites"  # whose functions call the modules themselves when they are given stand-ins
+_TRACING = {f"{__package__}.{name}" for name in ("vet", "watch", "trace", "aliasing", "patterns", "fuse")}
+_TRACING.add(_SITES)
 
 
 def from_torch(module_name: str) -> bool:
@@ -63,12 +64,7 @@ def from_torch(module_name: str) -> bool:
 
 def is_machinery(module_name: str) -> bool:
     """Whether it is code that traces, and not code that is traced."""
-    return (
-        module_name in _TRACING
-        or module_name == _SITES
-        or from_torch(module_name)
-        or _is_stdlib(module_name.partition(".")[0])
-    )
+    return module_name in _TRACING or from_torch(module_name) or _is_stdlib(module_name.partition(".")[0])
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import library
 from torch.utils.data import TensorDataset
 
-from fastres import _C, convolution, kernels, tuning
+from fastres import _C, convolution, kernels, sequences, tuning
 from fastres.recompute import set_recompute
 from fastres.train import data as train_data
 
@@ -189,3 +189,11 @@ def browser():
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """How many convolutions each sequence of a model that ran had."""
+    counts, run = [], sequences._run
+    monkeypatch.setattr(sequences, "_run", lambda *args: counts.append(len(args[3])) or run(*args))
+    return counts

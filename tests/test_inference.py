@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from sequencing import images, randomized
 from torch import nn
 
 import fastres
@@ -24,20 +25,8 @@ def packs(monkeypatch):
 
 
 def stock_model():
-    """ResNet-18 of torch.nn's modules, with statistics and factors that are not their initial ones."""
     torch.manual_seed(0)
-    model = fastres.unfuse(fastres.models.resnet18(num_classes=10))
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.weight, module.bias, module.running_mean):
-                nn.init.normal_(tensor, std=0.2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return model.eval()
-
-
-def images(batch=2, side=64):
-    return torch.randn(batch, 3, side, side).contiguous(memory_format=torch.channels_last)
+    return randomized(fastres.unfuse(fastres.models.resnet18(num_classes=10)))
 
 
 def stock_output(model, input):
@@ -66,7 +55,7 @@ def test_results_are_as_accurate_as_stock_and_weights_are_packed_once(packs):
 def test_bfloat16(cast, packs):
     stock = stock_model()
     model = fastres.optimize_for_inference(stock)
-    input = images()
+    input = images(2, 64)
     reference = stock_output(copy.deepcopy(stock).double(), input.double())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=cast == "autocast"):
         if cast == "module":
@@ -94,7 +83,7 @@ def _exchange(model, other):
 
 @pytest.mark.parametrize("change", [_load, _copy, _exchange])
 def test_changed_weights_are_packed_anew(change):
-    stock, other, input = stock_model(), stock_model(), images(8)
+    stock, other, input = stock_model(), stock_model(), images(8, 64)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.1)
@@ -107,13 +96,13 @@ def test_changed_weights_are_packed_anew(change):
 def test_changed_statistics_and_factors_are_seen():
     stock = stock_model()
     model = fastres.optimize_for_inference(stock)
-    check(model, stock, [images(8)])
+    check(model, stock, [images(8, 64)])
     for changed in (model, stock):
         for module in changed.modules():
             if isinstance(module, nn.BatchNorm2d):
                 for name in ("running_mean", "running_var", "weight", "bias"):
                     getattr(module, name).data.mul_(1.2)  # which autograd does not see
-    check(model, stock, [images(8)])
+    check(model, stock, [images(8, 64)])
 
 
 def test_what_it_does_to_a_model():
@@ -122,7 +111,7 @@ def test_what_it_does_to_a_model():
     assert stock.training and all(p.requires_grad for p in stock.parameters())
     assert not any(module.training for module in model.modules())
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert not model(images()).requires_grad
+    assert not model(images(2, 64)).requires_grad
     ours, theirs = model.state_dict(), stock.state_dict()
     assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert fastres.optimize_for_inference(stock, inplace=True) is stock
@@ -132,7 +121,7 @@ def test_what_it_does_to_a_model():
 
 
 def test_training_goes_on_as_without():
-    stock, input = stock_model(), images()
+    stock, input = stock_model(), images(2, 64)
     model = fastres.optimize_for_inference(stock)
     model(input)
     grads = []
@@ -145,7 +134,7 @@ def test_training_goes_on_as_without():
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_give_the_same_results(duplicate, packs):
-    model, input = fastres.optimize_for_inference(stock_model()), images()
+    model, input = fastres.optimize_for_inference(stock_model()), images(2, 64)
     output = model(input)
     kept = len(packs)
     again = duplicate(model)
@@ -157,7 +146,7 @@ def test_what_is_packed_dies_with_its_model():
     gc.collect()
     before = len(packing._kept)
     model = fastres.optimize_for_inference(stock_model())
-    model(images())
+    model(images(2, 64))
     assert len(packing._kept) == before + 20
     del model
     gc.collect()
@@ -167,18 +156,18 @@ def test_what_is_packed_dies_with_its_model():
 def test_inference_mode(packs):
     """A model that is made outside of it is packed once."""
     stock = stock_model()
-    model, input = fastres.optimize_for_inference(stock), images()
+    model, input = fastres.optimize_for_inference(stock), images(2, 64)
     with torch.inference_mode():
         model(input)
     assert len(packs) == 19
-    check(model, stock, [images(8)])
+    check(model, stock, [images(8, 64)])
     assert len(packs) == 19
 
 
 def test_a_model_made_in_inference_mode():
     """Nobody counts the changes of its weights: they are packed at each call."""
     with torch.inference_mode():
-        model, other, input = fastres.optimize_for_inference(stock_model()), stock_model(), images(8)
+        model, other, input = fastres.optimize_for_inference(stock_model()), stock_model(), images(8, 64)
         for parameter in other.parameters():
             parameter.mul_(1.1)
         model(input)
@@ -190,7 +179,7 @@ def test_changed_dtypes_and_back():
     """The memory of the weights before must not pass for that of the weights behind."""
     for _ in range(4):
         stock = stock_model()
-        model, input = fastres.optimize_for_inference(stock), images(8)
+        model, input = fastres.optimize_for_inference(stock), images(8, 64)
         with torch.no_grad():
             model(input)
             for changed in (model, stock):
@@ -202,7 +191,7 @@ def test_a_client(torchvision, packs):
     """Its grouped convolutions are packed as the others are, but for the first one of the model."""
     torch.manual_seed(0)
     stock = torchvision.models.resnext50_32x4d(num_classes=10).eval()
-    check(fastres.optimize_for_inference(stock), stock, [images(4)])
+    check(fastres.optimize_for_inference(stock), stock, [images(4, 64)])
     convolutions = [m for m in stock.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 3]
     ours = [c for c in convolutions if _C.convolves("float32", c.in_channels, c.out_channels, c.groups)]
     assert len(packs) == len(ours) > 36

@@ -1,4 +1,4 @@
-"""Convolutions in sequences: in which forwards they are found, and that no change of a model is missed."""
+"""Convolutions in sequences: in which forwards they are found, and what the model still is."""
 
 import copy
 import gc
@@ -7,64 +7,17 @@ import weakref
 
 import pytest
 import torch
-from torch import library, nn
-from torch.autograd import forward_ad
+from sequencing import Uses, check, images, optimized, ran_of, small, without_sequences
+from torch import nn
 from torch.nn import functional as F
 
 import fastres
-from fastres import _C, sequences, sites
+from fastres import _C
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(not _C.convolves("float32"), reason="there are no convolutions for this processor"),
 ]
-_COLUMNS = 9
-
-
-@pytest.fixture
-def ran(monkeypatch):
-    """How many convolutions each sequence that ran had."""
-    counts, run = [], sequences._run
-    monkeypatch.setattr(sequences, "_run", lambda *args: counts.append(len(args[3])) or run(*args))
-    return counts
-
-
-def randomized(model):
-    """With statistics and factors that are not their initial ones."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.weight, module.bias, module.running_mean):
-                nn.init.normal_(tensor, std=0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return model.eval().requires_grad_(False)
-
-
-def images(batch=2, side=32, channels=3):
-    return torch.randn(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
-
-
-def without_sequences(model, input):
-    """What it gives where each layer is called by itself, which `sites.record` asks for."""
-    with torch.no_grad(), sites.record():
-        return model(input)
-
-
-def optimized(model, input=None):
-    """The model in sequences, after the call that makes them."""
-    model = fastres.optimize_for_inference(randomized(model))
-    if input is not None:
-        with torch.no_grad():
-            model(input)
-    return model
-
-
-def check(model, input, ran, expected):
-    """The same bits as without, by so many convolutions in sequences."""
-    ran.clear()
-    with torch.no_grad():
-        output = model(input)
-    assert ran == expected
-    torch.testing.assert_close(output, without_sequences(model, input), rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -102,13 +55,6 @@ def test_timm(timm, name, expected, ran):
     torch.testing.assert_close(model(input), without_sequences(model, input), rtol=1e-4, atol=1e-5)
 
 
-def ran_of(model, input, ran):
-    ran.clear()
-    with torch.no_grad():
-        model(input)
-    return list(ran)
-
-
 def test_transformers(transformers, ran):
     """The model's own forward takes any keyword; those of its stages do not."""
     config = transformers.ResNetConfig(depths=[1, 1], hidden_sizes=[128, 256], layer_type="bottleneck")
@@ -117,30 +63,6 @@ def test_transformers(transformers, ran):
     assert len(stages) == 2 and sum(stages) == 8
     output, expected = model(images(2, 64)), without_sequences(model, images(2, 64))
     assert output.logits.shape == expected.logits.shape == (2, config.num_labels)
-
-
-class Uses(nn.Module):
-    """A residual block whose values are also used elsewhere, in the way that `use` tells."""
-
-    def __init__(self, use, channels=32):
-        super().__init__()
-        self.use = use
-        for i in range(1, 5):
-            setattr(self, f"conv{i}", nn.Conv2d(channels, channels, 3, padding=1, bias=False))
-            setattr(self, f"bn{i}", nn.BatchNorm2d(channels))
-
-    def forward(self, x):
-        first = F.relu(self.bn1(self.conv1(x)))
-        second = F.relu(self.bn2(self.conv2(first)) + x)
-        if self.use == "gate":
-            second = second * torch.sigmoid(second.mean((2, 3), keepdim=True))
-        third = F.relu(self.bn3(self.conv3(second)) + first)
-        fourth = self.bn4(self.conv4(third))
-        fourth += second if self.use == "in place" else third
-        fourth = F.relu(fourth)
-        if self.use == "features":
-            return first, third, fourth
-        return (fourth, fourth + x) if self.use == "last" else fourth
 
 
 @pytest.mark.parametrize(
@@ -186,253 +108,6 @@ def test_memory_between_the_steps_is_shared_by_no_two_values_that_live(ran):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# what ends a sequence
-# ---------------------------------------------------------------------------------------------------------
-
-
-def small():
-    return fastres.unfuse(fastres.models.resnet18(num_classes=10))
-
-
-def _hook_on_a_layer(model):
-    model.layer2[1].bn1.register_forward_hook(lambda module, args, output: output + 1)
-
-
-def _hook_on_a_block(model):
-    model.layer2[1].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
-
-
-def _global_hook(model):
-    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: output * 1.01)
-    weakref.finalize(model, handle.remove)
-    return handle
-
-
-def _layer(model):
-    model.layer2[1].relu = nn.Sigmoid()
-
-
-def _block(model):
-    model.layer3[1] = nn.Identity()
-
-
-def _parameter(model):
-    model.layer2[1].conv1.weight = nn.Parameter(model.layer2[1].conv1.weight * 2)
-
-
-def _in_place(model):
-    with torch.no_grad():
-        model.layer2[1].conv1.weight.mul_(2)
-
-
-def _memory(model):
-    model.layer2[1].conv1.weight.data = model.layer2[1].conv1.weight * 2
-
-
-def _memory_of_a_norm(model):
-    model.layer2[1].bn1.weight.data = model.layer2[1].bn1.weight * 2
-
-
-def _values_of_a_norm(model):
-    model.layer2[1].bn1.weight.data.mul_(2)
-
-
-def _statistics(model):
-    model.layer2[1].bn1.running_mean = model.layer2[1].bn1.running_mean + 1
-
-
-def _eps(model):
-    model.layer2[1].bn1.eps = 0.5
-
-
-def _stride(model):
-    model.layer4[0].conv1.stride = model.layer4[0].downsample[0].stride = (1, 1)
-
-
-def _mode(model):
-    model.layer2.train()
-
-
-def _forward_of_the_instance(model):
-    model.layer2[1].forward = lambda x: x * 2
-
-
-def _loaded(model):
-    model.load_state_dict(randomized(small()).state_dict())
-
-
-def _other_dtype(model):
-    model.double()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        _hook_on_a_layer,
-        _hook_on_a_block,
-        _global_hook,
-        _layer,
-        _block,
-        _parameter,
-        _in_place,
-        _memory,
-        _memory_of_a_norm,
-        _values_of_a_norm,
-        _statistics,
-        _eps,
-        _stride,
-        _mode,
-        _forward_of_the_instance,
-        _loaded,
-        _other_dtype,
-    ],
-)
-def test_a_change_is_seen(change, ran):
-    """At once, and by the sequences that are made behind it."""
-    torch.manual_seed(0)
-    stock = randomized(small())
-    input = images(2, 64)
-    model = optimized(stock, input)
-    check(model, input, ran, [19])
-    before = without_sequences(model, input)
-    handles = []
-    for changed in (model, stock):
-        torch.manual_seed(1)
-        handles.append(change(changed))
-        if change is _global_hook:
-            break
-    try:
-        if change is _other_dtype:
-            input = input.double()
-        for _ in range(4):
-            with torch.no_grad():
-                ours = model(input)
-                theirs = copy.deepcopy(stock)(input)
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
-        assert ours.dtype != before.dtype or not torch.allclose(ours, before)
-    finally:
-        for handle in filter(None, handles):
-            handle.remove()
-
-
-def test_a_forward_that_a_class_gets(ran):
-    class Block(Uses):
-        pass
-
-    input = images(channels=32)
-    model = optimized(Block("nothing"), input)
-    check(model, input, ran, [4])
-    Block.forward = lambda self, x: x
-    with torch.no_grad():
-        assert model(input) is input
-
-
-def test_hooks_that_go_again(ran):
-    input = images(2, 64)
-    model = optimized(small(), input)
-    handle = model.layer2[1].bn1.register_forward_hook(lambda *_: None)
-    for _ in range(3):
-        model(input)
-    check(model, input, ran, ran_of(model, input, ran))
-    assert ran == [7, 11]
-    handle.remove()
-    model(input)
-    check(model, input, ran, [19])
-
-
-def test_a_model_that_changes_at_every_call_is_left_alone(ran):
-    input = images(2, 64)
-    model = optimized(small(), input)
-    for i in range(20):
-        model.layer1[0].bn1.eps = 1e-5 * (1 + i)
-        model(input)
-    model(input)
-    check(model, input, ran, [])
-
-
-def test_gradients(ran):
-    """Of the input, and of parameters that ask for one again."""
-    input = images(2, 64)
-    model = optimized(small(), input)
-    grads = []
-    for wanted in (model, fastres.fuse(model)):
-        leaf = input.clone().requires_grad_()
-        wanted(leaf).sum().backward()
-        grads.append(leaf.grad)
-    torch.testing.assert_close(*grads, rtol=0, atol=0)
-    model.fc.requires_grad_(True)
-    ran.clear()
-    model(input).sum().backward()
-    assert model.fc.weight.grad is not None and ran == []
-    check(model, input, ran, [19])
-
-
-def test_kinds_of_inputs(ran):
-    """Each has its own sequences; other layouts and dtypes run as they do without."""
-    model = optimized(small())
-    for _ in range(2):
-        for input in (images(2, 64), images(1, 64), images(2, 96), images(2, 64).contiguous()):
-            torch.testing.assert_close(
-                model(input), without_sequences(model, input), rtol=0, atol=0, check_stride=True
-            )
-    assert ran and len(ran) % 2 == 0
-    for side in range(40, 60):
-        model(images(1, side))
-
-
-@pytest.mark.skipif(not _C.convolves("bfloat16"), reason="the processor has no bf16 convolutions of ours")
-def test_autocast(ran):
-    input = images(2, 64)
-    model = optimized(small(), input)
-    for _ in range(2):
-        with torch.autocast("cpu", torch.bfloat16):
-            check(model, input, ran, [19])
-        check(model, input, ran, [19])
-
-
-@pytest.mark.parametrize("isa", _C.cpu_isas())
-def test_instruction_sets(isa, ran):
-    used = _C.cpu_isa()
-    input = images(2, 64)
-    model = optimized(small(), input)
-    try:
-        _C.select_cpu_isa(isa)
-        model(input)
-        check(model, input, ran, [19] if _C.convolves("float32") else [])
-    finally:
-        _C.select_cpu_isa(used)
-
-
-def test_who_is_to_see_each_layer(ran):
-    """Transforms, traces and contexts of ours."""
-    input = images(2, 64)
-    model = optimized(small(), input)
-    ran.clear()
-    plain = without_sequences(model, input)
-    with sites.stock():
-        torch.testing.assert_close(model(input), plain, rtol=1e-3, atol=1e-4)
-    assert "19 x conv_bn" not in str(fastres.explain(model, input)) and ran == []
-    torch.testing.assert_close(torch.func.vmap(model)(input[None])[0], plain, rtol=1e-3, atol=1e-4)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(input, torch.ones_like(input))
-        assert forward_ad.unpack_dual(model(dual)).tangent is not None
-    torch.testing.assert_close(
-        torch.jit.trace(model, input, check_trace=False)(input), plain, rtol=1e-3, atol=1e-4
-    )
-    assert ran == []
-
-
-def test_compiled(ran):
-    input = images(2, 64)
-    model = optimized(small(), input)
-    ran.clear()
-    with torch.no_grad():
-        output = torch.compile(model, fullgraph=True, backend="aot_eager")(input)
-    torch.testing.assert_close(output, without_sequences(model, input), rtol=1e-4, atol=1e-5)
-    assert ran == []
-
-
-# ---------------------------------------------------------------------------------------------------------
 # what the model is
 # ---------------------------------------------------------------------------------------------------------
 
@@ -474,60 +149,3 @@ def test_it_dies_with_its_model():
     del model
     gc.collect()
     assert cls() is None and layer() is None
-
-
-# ---------------------------------------------------------------------------------------------------------
-# the op
-# ---------------------------------------------------------------------------------------------------------
-
-
-def arguments(count=3, channels=32):
-    """Of conv_bn_act_sequence: each step takes the value before, and adds the first."""
-    input = images(2, 7, channels)
-    tensors, steps = [], []
-    for i in range(count):
-        weight = torch.randn(channels, channels, 3, 3) / 17
-        pack = torch.ops.fastres.conv_pack_weight(weight, input, [1, 1], [1, 1], 1)
-        tensors += [weight, pack, None, torch.randn(channels), torch.rand(channels) + 0.5, None, None]
-        steps += [i, 0, 1, 1, 1, 1, 1, 1, 1]
-    return [[input], tensors, steps, [1e-5] * count, [count - 1, count]]
-
-
-def test_opcheck():
-    library.opcheck(
-        torch.ops.fastres.conv_bn_act_sequence.default,
-        arguments(),
-        test_utils=("test_schema", "test_faketensor"),
-    )
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda a: a[0].clear(), "inputs is empty"),
-        (lambda a: a[3].clear(), "nine integers for each of eps"),
-        (lambda a: a[4].append(0), "that no step makes"),
-        (lambda a: a[4].append(4), "that no step makes"),
-        (lambda a: a[2].pop(), "nine integers for each of eps"),
-        (lambda a: a[1].pop(), "seven for each of eps"),
-        (lambda a: a[2].__setitem__(_COLUMNS, 3), "not there yet"),
-        (lambda a: a[2].__setitem__(1, -2), "not there yet"),
-        (lambda a: a[2].__setitem__(4, 0), "another shape than what it is added to"),
-        (lambda a: a[2].__setitem__(2, 0), "stride takes two integers of at least 1"),
-        (lambda a: a[1].__setitem__(1, None), "are needed"),
-        (lambda a: a[1].__setitem__(3, None), "are needed"),
-        (lambda a: a[1].__setitem__(3, torch.zeros(31)), "one value a channel"),
-        (
-            lambda a: a[1].__setitem__(1, torch.zeros(5, dtype=torch.uint8)),
-            "not what conv_pack_weight makes",
-        ),
-        (lambda a: a[0].append(a[0][0].contiguous()), "inputs is not channels last"),
-        (lambda a: a[0].append(a[0][0].double()), "inputs is not of dtype float32"),
-        (lambda a: a[0].__setitem__(0, images(2, 7, 16)), "input channels"),
-    ],
-)
-def test_bad_arguments(change, message):
-    given = arguments()
-    change(given)
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.fastres.conv_bn_act_sequence(*given)
