@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from accuracy import assert_as_accurate
 from sequencing import Uses, check, images, optimized, ran_of, small, without_sequences
 from torch import nn
 from torch.nn import functional as F
@@ -49,10 +50,13 @@ def test_timm(timm, name, expected, ran):
 
     A convolution in a container, whose batch norm is behind that, is one step here, and two calls without.
     """
-    input = images(2, 64)
-    model = optimized(timm.create_model(name), input)
+    input = images(8, 64)
+    stock = timm.create_model(name)
+    model = optimized(stock, input)
     assert ran_of(model, input, ran) == expected
-    torch.testing.assert_close(model(input), without_sequences(model, input), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        reference = copy.deepcopy(stock).double()(input.double())
+        assert_as_accurate("logits", model(input), stock(input), reference)
 
 
 def test_transformers(transformers, ran):
