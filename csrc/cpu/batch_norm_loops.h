@@ -139,8 +139,8 @@ struct WidePlaneSum {
     __attribute__((always_inline)) void add_wide(WideVec<Real> value) { lanes += value; }
 };
 
-// Two sums over a piece: sweep(offset, rows, first channel, sum, sum) takes a part of it, a window or,
-// where sums are in double, all rows.
+// Two sums over a piece: sweep(order, offset, rows, first channel, sum, sum) takes a part of it, a window
+// or, where sums are in double, all rows.
 template <class Order, class Real, class Piece, class Sweep>
 FASTRES_ALWAYS void take_sums(const Piece& piece, double* first_total, double* second_total,
                               const Sweep& sweep) {
@@ -149,14 +149,15 @@ FASTRES_ALWAYS void take_sums(const Piece& piece, double* first_total, double* s
     constexpr int64_t window = kWindow * rows_in_a_body * (plane ? kLanes<Real> : 1);
     for (int64_t c = 0; c < sweeps<Order>(piece); ++c) {
         if (piece.in_double) {
+            const typename Order::Plain plain;
             if constexpr (plane) {
                 WidePlaneSum<Real> first, second;
-                sweep(c * piece.plane_stride, piece.rows, c, first, second);
+                sweep(plain, c * piece.plane_stride, piece.rows, c, first, second);
                 first_total[c] += first.total();
                 second_total[c] += second.total();
             } else {
-                const WideRowSums<Order, Real> first{first_total}, second{second_total};
-                sweep(int64_t{0}, piece.rows, c, first, second);
+                const WideRowSums<typename Order::Plain, Real> first{first_total}, second{second_total};
+                sweep(plain, int64_t{0}, piece.rows, c, first, second);
             }
             continue;
         }
@@ -164,7 +165,7 @@ FASTRES_ALWAYS void take_sums(const Piece& piece, double* first_total, double* s
             const int64_t rows = piece.rows - row < window ? piece.rows - row : window;
             if constexpr (plane) {
                 PlaneSum<Real> first, second;
-                sweep(c * piece.plane_stride + row, rows, c, first, second);
+                sweep(Order{}, c * piece.plane_stride + row, rows, c, first, second);
                 first_total[c] += first.total();
                 second_total[c] += second.total();
             } else {
@@ -172,7 +173,7 @@ FASTRES_ALWAYS void take_sums(const Piece& piece, double* first_total, double* s
                 const RowSums<Order, Real> second{static_cast<Real*>(piece.partial.second)};
                 first.clear(piece.channels);
                 second.clear(piece.channels);
-                sweep(row * piece.channels, rows, c, first, second);
+                sweep(Order{}, row * piece.channels, rows, c, first, second);
                 first.add_to_totals(piece.channels, first_total);
                 second.add_to_totals(piece.channels, second_total);
             }
@@ -183,13 +184,14 @@ FASTRES_ALWAYS void take_sums(const Piece& piece, double* first_total, double* s
 // ---------------------------------------------------------------------------------------------------------
 // shifted sums
 
-template <class T, class Order>
+template <class T, class AnyOrder>
 void shifted_sums(const ShiftedSumsPiece& piece) {
     using Real = RealOf<T>;
     const Real* shift = static_cast<const Real*>(piece.shift);
-    take_sums<Order, Real>(
+    take_sums<AnyOrder, Real>(
         piece, piece.sum, piece.sum_of_squares,
-        [&](int64_t start, int64_t rows, int64_t first, auto& sum, auto& sum_of_squares) {
+        [&](auto order, int64_t start, int64_t rows, int64_t first, auto& sum, auto& sum_of_squares) {
+            using Order = decltype(order);
             const T* input = static_cast<const T*>(piece.input) + start;
             Order::template sweep<Real>(
                 rows, piece.channels,
@@ -258,7 +260,7 @@ void apply(const ApplyPiece& piece) {
 // ---------------------------------------------------------------------------------------------------------
 // reduce
 
-template <class T, class Order, Mask mask, bool store_grad_input>
+template <class T, class AnyOrder, Mask mask, bool store_grad_input>
 FASTRES_ALWAYS void reduce_loop(const ReducePiece& piece) {
     using Real = RealOf<T>;
     const T* grad = static_cast<const T*>(piece.grad);
@@ -269,10 +271,11 @@ FASTRES_ALWAYS void reduce_loop(const ReducePiece& piece) {
     const Real* mean = static_cast<const Real*>(piece.mean);
     const Real* scale = static_cast<const Real*>(piece.scale);
     const Real* shift = static_cast<const Real*>(piece.shift);
-    take_sums<Order, Real>(
+    take_sums<AnyOrder, Real>(
         piece, piece.sum_grad, piece.dot,
-        [&](int64_t start, int64_t rows, int64_t first, auto& sum_grad, auto& dot)
+        [&](auto order, int64_t start, int64_t rows, int64_t first, auto& sum_grad, auto& dot)
             __attribute__((always_inline)) {
+                using Order = decltype(order);
                 Order::template sweep<Real>(
                     rows, piece.channels,
                     [&](auto step, int64_t offset, int64_t stride, int64_t c) FASTRES_INLINE_BODY {

@@ -45,6 +45,27 @@ bool has_amx() {
     return usable;
 }
 
+Kernels changed(const Kernels& from, const char* isa, const Bf16Kernels& by) {
+    constexpr int bf16 = static_cast<int>(Dtype::bf16);
+    Kernels kernels = from;
+    kernels.isa = isa;
+    if (by.loops) kernels.loops[bf16] = *by.loops;
+    kernels.convolution[bf16] = by.convolution;
+    return kernels;
+}
+
+const Kernels* avx512_bf16_kernels() {
+    if (!avx512_kernels() || !avx512_bf16_changes()) return nullptr;
+    static const Kernels kernels = changed(*avx512_kernels(), "avx512_bf16", *avx512_bf16_changes());
+    return &kernels;
+}
+
+const Kernels* avx512_amx_kernels() {
+    if (!avx512_bf16_kernels() || !avx512_amx_changes()) return nullptr;
+    static const Kernels kernels = changed(*avx512_bf16_kernels(), "avx512_amx", *avx512_amx_changes());
+    return &kernels;
+}
+
 }  // namespace
 
 std::vector<const Kernels*> available_kernels() {

@@ -127,11 +127,18 @@ struct Kernels {
     const ConvKernels* convolution[kDtypes];  // null: none
 };
 
-// One a translation unit; null where the compiler could not build it for this processor family.
+// One a translation unit; null where the compiler could not build it for this processor family. Such a unit
+// is asked for its table on any processor: it must not run a line of code for that.
 const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
-const Kernels* avx512_bf16_kernels();
-const Kernels* avx512_amx_kernels();
+
+// What a unit changes of the unit before it.
+struct Bf16Kernels {
+    const Kernels::Loops* loops;  // null: nothing
+    const ConvKernels* convolution;
+};
+const Bf16Kernels* avx512_bf16_changes();
+const Bf16Kernels* avx512_amx_changes();  // of avx512_bf16
 
 }  // namespace fastres::cpu

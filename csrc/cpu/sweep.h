@@ -1,6 +1,7 @@
 // The orders in which a piece's elements are visited, shared by all loops.
 //
-// A body handles `unroll` lanes at offset, offset + stride, ... Which order is fast is up to the
+// A body handles `unroll` lanes at offset, offset + stride, ...; those of an order's Plain one handle one,
+// which is slower, and a fraction of the code. Which order is fast is up to the
 // prefetchers, which follow a stream that walks through memory front to back, or several streams that are a
 // page apart; they lose several that share a page (sums over rows of 256 channels then take 2 to 3 times as
 // long).
@@ -27,9 +28,11 @@ struct False {
 enum class Lanes { neighbouring_channels, rows_of_a_channel, pixels_of_a_channel };
 
 // Channels last, one row after the other.
-struct Rows {
+template <int unroll_>
+struct RowsBy {
+    using Plain = RowsBy<1>;
     static constexpr Lanes lanes = Lanes::neighbouring_channels;
-    static constexpr int unroll = 4;
+    static constexpr int unroll = unroll_;
     // body(Step, offset of the first lane, distance to the next, channel of the first)
     template <class Real, class Body>
     FASTRES_ALWAYS void sweep(int64_t rows, int64_t channels, const Body& body) {
@@ -37,8 +40,9 @@ struct Rows {
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t row = r * channels;
             int64_t c = 0;
-            for (; c + unroll * width <= channels; c += unroll * width)
-                body(Step<Vec<Real>, unroll>{}, row + c, width, c);
+            if constexpr (unroll > 1)
+                for (; c + unroll * width <= channels; c += unroll * width)
+                    body(Step<Vec<Real>, unroll>{}, row + c, width, c);
             for (; c + width <= channels; c += width) body(Step<Vec<Real>, 1>{}, row + c, width, c);
             for (; c < channels; ++c) body(Step<Real, 1>{}, row + c, int64_t{1}, c);
         }
@@ -50,19 +54,22 @@ struct Rows {
 // Channels last, tiles of a few rows, a column of vectors at a time: sums and coefficients are touched once
 // for all rows. The next tile is fetched meanwhile, front to back. For loops that store nothing: stores are
 // not fetched.
-struct RowTiles {
+template <int unroll_>
+struct RowTilesBy {
+    using Plain = RowTilesBy<1>;
     static constexpr Lanes lanes = Lanes::rows_of_a_channel;
-    static constexpr int unroll = 4;
+    static constexpr int unroll = unroll_;
     template <class Real, class Body>
     FASTRES_ALWAYS void sweep(int64_t rows, int64_t channels, const Body& body) {
         int64_t r = 0;
-        for (; r + unroll <= rows; r += unroll) sweep_tile<Real, unroll>(r, channels, body);
+        if constexpr (unroll > 1)
+            for (; r + unroll <= rows; r += unroll) sweep_tile<Real, unroll>(r, channels, body);
         for (; r < rows; ++r) sweep_tile<Real, 1>(r, channels, body);
     }
     // A body's share of the next tile of an operand; the columns before c were the share of others.
     template <class Step, class T>
     FASTRES_ALWAYS void fetch(const T* operand, int64_t offset, int64_t stride, int64_t c) {
-        if constexpr (Step::unroll == unroll) {
+        if constexpr (unroll > 1 && Step::unroll == unroll) {
             constexpr int64_t line = 64,
                               bytes = unroll * kLanes<RealOf<T>> * static_cast<int64_t>(sizeof(T));
             const T* next = operand + offset - c + unroll * (stride + c);
@@ -83,21 +90,28 @@ struct RowTiles {
 };
 
 // A dense run of values of one channel, or without channels.
-struct Plane {
+template <int unroll_>
+struct PlaneBy {
+    using Plain = PlaneBy<1>;
     static constexpr Lanes lanes = Lanes::pixels_of_a_channel;
-    static constexpr int unroll = 4;
+    static constexpr int unroll = unroll_;
     template <class Real, class Body>
     FASTRES_ALWAYS void sweep(int64_t pixels, int64_t, const Body& body) {
         constexpr int64_t width = kLanes<Real>;
         int64_t p = 0;
-        for (; p + unroll * width <= pixels; p += unroll * width)
-            body(Step<Vec<Real>, unroll>{}, p, width, int64_t{0});
+        if constexpr (unroll > 1)
+            for (; p + unroll * width <= pixels; p += unroll * width)
+                body(Step<Vec<Real>, unroll>{}, p, width, int64_t{0});
         for (; p + width <= pixels; p += width) body(Step<Vec<Real>, 1>{}, p, width, int64_t{0});
         for (; p < pixels; ++p) body(Step<Real, 1>{}, p, int64_t{1}, int64_t{0});
     }
     template <class Step, class T>
     FASTRES_ALWAYS void fetch(const T*, int64_t, int64_t, int64_t) {}
 };
+
+using Rows = RowsBy<4>;
+using RowTiles = RowTilesBy<4>;
+using Plane = PlaneBy<4>;
 
 // Lane i's coefficient.
 template <class Order, class Lane, class Real>

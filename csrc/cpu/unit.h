@@ -1,4 +1,4 @@
-// The body of a translation unit: all loops, for the instruction set that it is compiled with.
+// What a translation unit makes: loops for the instruction set that it is compiled with.
 #pragma once
 
 #include "cpu/add_relu_loops.h"
@@ -16,12 +16,6 @@ constexpr Kernels::Loops loops_of() {
             {max_pool<T>, max_pool_grad<T>}};
 }
 
-#if defined(__AVX512BF16__)
-using Bf16Words = PairWords;
-#else
-using Bf16Words = FloatWords;
-#endif
-
 template <class Words, class T>
 inline constexpr ConvKernels kConvKernels = conv_kernels<Words, T>();
 
@@ -35,11 +29,11 @@ constexpr const ConvKernels* convolution_of() {
 #endif
 }
 
-// Entries in the order of Dtype.
+// All of them. Entries in the order of Dtype.
 constexpr Kernels unit(const char* isa) {
     return {isa,
             {loops_of<float>(), loops_of<bf16>(), loops_of<f16>(), loops_of<double>()},
-            {convolution_of<FloatWords, float>(), convolution_of<Bf16Words, bf16>(),
+            {convolution_of<FloatWords, float>(), convolution_of<FloatWords, bf16>(),
              convolution_of<FloatWords, f16>(), nullptr}};
 }
 
