@@ -7,6 +7,7 @@ convolution's gradients load them.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: 
 # not of few values, for which it matters that ours is one call for all that follows it as well.
 _LEAST_CHANNELS = 32
 # Of images alone, at batch 16 of 224x224, ours takes 23 ms of a step in float32, PyTorch's 65, and
-# in bf16 19 for 21; not so the gradient of its weight, which takes 34 and 22. At batch 1 it gains nothing.
+# in bf16 19 for 21; not so the gradient of its weight, which takes 34 and 22. Beside that gradient it takes
+# many values to gain; without it ours takes as long at worst.
 _MOST_IMAGE_CHANNELS, _MANY_VALUES = 4, 2**22
 # Whose speed no machine has told yet: PyTorch's run unless the layer was measured, see fastres.tuning.
 untimed = {("avx512_amx", torch.bfloat16)}
@@ -124,7 +126,7 @@ def expected_faster(
     values, in_channels = batch * channels * height * width, input.size(1)
     if min(channels, in_channels) >= _LEAST_CHANNELS or values <= kernels.few_values:
         return True
-    return _fast_of_images(by, input, weight, dtype) and not needs_grad
+    return _is_of_images(input, weight) and not needs_grad
 
 
 def pays_packing(by: Geometry, input: Tensor, weight: Tensor) -> bool:
@@ -135,13 +137,8 @@ def pays_packing(by: Geometry, input: Tensor, weight: Tensor) -> bool:
     return batch * height * width >= _FEWEST_PIXELS_TO_PACK
 
 
-def _fast_of_images(by: Geometry, input: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether ours is without the gradients."""
-    if not _is_timed(dtype):
-        return False
-    if input.size(1) > _MOST_IMAGE_CHANNELS or weight.size(0) < _LEAST_CHANNELS:
-        return False
-    return math.prod(by.output_size(input, weight)) >= _MANY_VALUES
+def _is_of_images(input: Tensor, weight: Tensor) -> bool:
+    return input.size(1) <= _MOST_IMAGE_CHANNELS and weight.size(0) >= _LEAST_CHANNELS
 
 
 def _geometry(stride, padding, dilation) -> Geometry | None:
@@ -176,26 +173,30 @@ def conv_bn_act_eval(
     dilation,
     eps: float,
     relu: bool,
+    pool: Sequence[int] = (),
 ) -> Tensor:
-    """act(batch_norm(conv2d(input)) [+ residual]) by running statistics, without a gradient."""
+    """act(batch_norm(conv2d(input)) [+ residual]) by running statistics, without a gradient.
+
+    Or the maximum over windows of that, where `pool` is not empty: it is what MaxPool.of_size() gives.
+    """
     kept = packed(weight, input, tuple(stride), tuple(dilation), groups_of(input, weight))
     rest = (conv_bias, residual, running_mean, running_var, bn_weight, bn_bias)
     with torch._C._AutoDispatchBelowAutograd():
-        return _bn_act_eval(input, weight, kept, *rest, stride, padding, dilation, eps, relu)
+        return _bn_act_eval(input, weight, kept, *rest, stride, padding, dilation, eps, relu, pool)
 
 
 # As an op too: whether a weight is kept packed is found out when a compiled graph runs.
 kernels.fragment.define(
     "conv_bn_act_infer(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? residual, "
     "Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, int[] stride, int[] padding, "
-    "int[] dilation, float eps, bool relu) -> Tensor"
+    "int[] dilation, float eps, bool relu, int[] pool=[]) -> Tensor"
 )
 kernels.fragment.impl("conv_bn_act_infer", conv_bn_act_eval, "CPU")
 
 
 @library.register_fake("fastres::conv_bn_act_infer")
-def _(input, conv_weight, conv_bias, residual, mean, var, weight, bias, stride, padding, dilation, *rest):
-    return _empty_output(input, conv_weight, stride, padding, dilation)
+def _(input, conv_weight, conv_bias, residual, mean, var, weight, bias, *rest):
+    return _empty_evaluation(input, conv_weight, *rest)
 
 
 @library.register_fake("fastres::conv_forward")
@@ -205,8 +206,7 @@ def _(input, weight, bias, residual, stride, padding, dilation, relu):
 
 @library.register_fake("fastres::conv_bn_act_eval")
 def _(input, conv_weight, packed, conv_bias, residual, running_mean, running_var, weight, bias, *rest):
-    stride, padding, dilation, _eps, _relu = rest
-    return _empty_output(input, conv_weight, stride, padding, dilation)
+    return _empty_evaluation(input, conv_weight, *rest)
 
 
 @library.register_fake("fastres::conv_bn_act_sequence")
@@ -250,6 +250,12 @@ def _(grad, conv_output, output, weight, bias, save_mean, save_rstd, relu, input
     )
 
 
+def _empty_evaluation(input, weight, stride, padding, dilation, eps, relu, pool=()) -> Tensor:
+    if pool:
+        return _empty(input, (input.size(0), weight.size(0), *pool[:2]))
+    return _empty_output(input, weight, stride, padding, dilation)
+
+
 def _empty_output(input: Tensor, weight: Tensor, *by) -> Tensor:
     return _empty(input, Geometry(*by).output_size(input, weight))
 
@@ -279,10 +285,10 @@ class _Conv2d(torch.autograd.Function):
 
 def of_images(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry) -> Tensor | None:
     """F.conv2d where our convolution is the faster one, but not the gradient of its weight; else None."""
-    if input.dim() != 4 or input.size(1) > _MOST_IMAGE_CHANNELS or bias is not None:
+    if input.dim() != 4 or not _is_of_images(input, weight) or bias is not None:
         return None
     by, dtype = covered(input, weight, None, *geometry), compute_dtype(input)
-    if by is None or not _fast_of_images(by, input, weight, dtype):
+    if by is None or not _is_timed(dtype) or math.prod(by.output_size(input, weight)) < _MANY_VALUES:
         return None
     return _Conv2d.apply(input.to(dtype), weight.to(dtype), *by)
 

@@ -39,13 +39,15 @@ class MaxPool(NamedTuple):
             return None
         return cls(kernel, stride, padding, bool(module.ceil_mode))
 
-    def output_size(self, input: Tensor) -> tuple[int, int]:
-        return tuple(
-            self._windows(size, *axis)
-            for size, *axis in zip(
-                input.shape[2:], self.kernel_size, self.stride, self.padding, strict=True
-            )
-        )
+    def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Of images of that height and width."""
+        axes = zip(size, self.kernel_size, self.stride, self.padding, strict=True)
+        return tuple(self._windows(pixels, *axis) for pixels, *axis in axes)
+
+    def of_size(self, size: tuple[int, int]) -> list[int]:
+        """All that the convolution's op wants to know of it; nothing where no window meets the image."""
+        windows = self.output_size(size)
+        return [*windows, *self.kernel_size, *self.stride, *self.padding] if min(windows) > 0 else []
 
     def _windows(self, size: int, kernel: int, stride: int, padding: int) -> int:
         rest = size + 2 * padding - kernel
@@ -131,12 +133,14 @@ def _before_max_pool(pool: MaxPool, grad: Tensor, index: Tensor, input: Tensor) 
 def _call(pool, input, running_mean, running_var, weight, bias, training, momentum, eps):
     arguments = (input, running_mean, running_var, weight, bias, training, momentum, eps)
     with torch._C._AutoDispatchBelowAutograd():
-        return _forward(*arguments, pool.output_size(input), *pool[:3])
+        return _forward(*arguments, pool.output_size(input.shape[2:]), *pool[:3])
 
 
 def covers(pool: MaxPool, input: Tensor) -> bool:
     """Whether the kernels take an activation that bn_act's kernels take."""
-    return input.dim() == 4 and kernels.is_channels_last(input) and min(pool.output_size(input)) > 0
+    return (
+        input.dim() == 4 and kernels.is_channels_last(input) and min(pool.output_size(input.shape[2:])) > 0
+    )
 
 
 def bn_relu_max_pool(

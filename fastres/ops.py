@@ -380,7 +380,11 @@ def conv_bn_act(
                 output, *_ = call_without_keeping_values(convolution.conv_bn_act, *arguments)
         else:
             infer = _kernels.conv_bn_act_infer if traced else convolution.conv_bn_act_eval
-            output = infer(input, weight, conv_bias, residual, *channel_vectors, *by, eps, relu)
+            windows = []
+            if pool is not None and residual is None:
+                windows = pool.of_size(by.output_size(input, weight)[2:])
+            output = infer(input, weight, conv_bias, residual, *channel_vectors, *by, eps, relu, windows)
+            pool = None if windows else pool
         return _pooled(pool, output)
     if at_once and not relu and residual is None and _pays_folding(input, weight):
         folded = composed.fold_batch_norm(

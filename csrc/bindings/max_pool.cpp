@@ -10,6 +10,7 @@
 
 #include "bindings/batch_norm.h"
 #include "bindings/device.h"
+#include "bindings/max_pool.h"
 #include "bindings/tensor.h"
 #if defined(FASTRES_CUDA)
 #include "cuda/batch_norm.h"
@@ -17,6 +18,31 @@
 #endif
 
 namespace fastres::bindings {
+namespace {
+
+void check_axis(const char* op, int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding) {
+    if (2 * padding > kernel) fail(op, "padding is more than half of the kernel");
+    if ((out - 1) * stride - padding >= in) fail(op, "output_size has windows outside of the image");
+}
+
+}  // namespace
+
+MaxPool2d max_pool2d(const char* op, int64_t batch, Axes in, const Ints& output_size, const Ints& kernel,
+                     const Ints& stride, const Ints& padding) {
+    MaxPool2d pool{};
+    pool.batch = batch;
+    pool.in = in;
+    pool.out = axes(op, "output_size", output_size, 1);
+    pool.kernel = axes(op, "kernel_size", kernel, 1);
+    pool.stride = axes(op, "stride", stride, 1);
+    pool.padding = axes(op, "padding", padding, 0);
+    if (pool.kernel.h * pool.kernel.w > MaxPool2d::most_taps)
+        fail(op, "kernel_size has more than " + std::to_string(MaxPool2d::most_taps) + " pixels");
+    check_axis(op, pool.in.h, pool.out.h, pool.kernel.h, pool.stride.h, pool.padding.h);
+    check_axis(op, pool.in.w, pool.out.w, pool.kernel.w, pool.stride.w, pool.padding.w);
+    return pool;
+}
+
 namespace {
 
 constexpr const char* kForward = "bn_relu_max_pool_forward";
@@ -48,26 +74,11 @@ struct OnCuda {
 };
 #endif
 
-void check_axis(const char* op, int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding) {
-    if (2 * padding > kernel) fail(op, "padding is more than half of the kernel");
-    if ((out - 1) * stride - padding >= in) fail(op, "output_size has windows outside of the image");
-}
-
 MaxPool2d max_pool2d(const char* op, const Tensor& input, const Ints& output_size, const Ints& kernel,
                      const Ints& stride, const Ints& padding) {
     if (input.dim() != 4 || !is_channels_last(input)) fail(op, "input is not a 4-d channels-last tensor");
-    MaxPool2d pool{};
-    pool.batch = input.size(0);
-    pool.in = {input.size(2), input.size(3)};
-    pool.out = axes(op, "output_size", output_size, 1);
-    pool.kernel = axes(op, "kernel_size", kernel, 1);
-    pool.stride = axes(op, "stride", stride, 1);
-    pool.padding = axes(op, "padding", padding, 0);
-    if (pool.kernel.h * pool.kernel.w > MaxPool2d::most_taps)
-        fail(op, "kernel_size has more than " + std::to_string(MaxPool2d::most_taps) + " pixels");
-    check_axis(op, pool.in.h, pool.out.h, pool.kernel.h, pool.stride.h, pool.padding.h);
-    check_axis(op, pool.in.w, pool.out.w, pool.kernel.w, pool.stride.w, pool.padding.w);
-    return pool;
+    return bindings::max_pool2d(op, input.size(0), {input.size(2), input.size(3)}, output_size, kernel,
+                                stride, padding);
 }
 
 template <class Device>

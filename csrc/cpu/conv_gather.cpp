@@ -301,7 +301,6 @@ Gather forward_gather(const ConvForward& args) {
     gather.n_stride = args.weight.stride_out;
     gather.packed = args.packed;
     gather.one_order = args.packed != nullptr;
-    flatten(gather);
     return gather;
 }
 
@@ -317,7 +316,21 @@ void conv_forward(const ConvForward& args, const ThreadPool& pool) {
     const Conv2d& shape = args.shape;
     advise_huge_pages(args.output,
                       shape.batch * shape.out.h * shape.out.w * shape.out_channels * size_of(args.dtype));
-    run(forward_gather(args), pool);
+    Gather gather = forward_gather(args);
+    flatten(gather);
+    run(gather, pool);
+}
+
+void conv_forward_rows(const ConvForward& args, int64_t image, Range rows, void* output) {
+    const Conv2d& shape = args.shape;
+    Gather gather = forward_gather(args);
+    gather.batch = 1;
+    gather.input.data =
+        at(args.input.data, image * shape.in.h * shape.in.w * shape.in_channels, args.dtype);
+    gather.output = output;
+    gather.out.h = gather.grid.h = rows.size();
+    for (Tap& tap : gather.rows.taps) tap.offset += rows.begin * shape.stride.h;
+    run(gather, serial_pool());
 }
 
 int64_t packed_floats(const ConvForward& args, const ThreadPool& pool) {

@@ -5,6 +5,7 @@
 #include "core/bn_math.h"
 #include "core/conv2d.h"
 #include "cpu/conv_kernels.h"
+#include "cpu/cut.h"
 #include "cpu/parallel.h"
 
 namespace fastres::cpu {
@@ -46,6 +47,10 @@ struct ConvBackwardWeight {
 };
 
 void conv_forward(const ConvForward& args, const ThreadPool& pool);
+
+// Some rows of the output of one image, by the calling thread, for plain inputs and packed weights;
+// `output` is where the first of them goes.
+void conv_forward_rows(const ConvForward& args, int64_t image, Range rows, void* output);
 
 // A weight in the order in which conv_forward multiplies it, which is one for inputs of all sizes: so many
 // floats. Of `args`, neither pixels nor pointers to other tensors count.

@@ -56,4 +56,12 @@ class ThreadPool {
     Run run_;
 };
 
+// The calling thread alone.
+inline const ThreadPool& serial_pool() {
+    static const ThreadPool pool(1, [](int64_t tasks, ThreadPool::Task task, void* context) {
+        for (int64_t i = 0; i < tasks; ++i) task(context, i);
+    });
+    return pool;
+}
+
 }  // namespace fastres::cpu
