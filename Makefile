@@ -10,12 +10,14 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 train: $(VENV)/.train
 	$(BIN)/fastres train $(ARGS)
 
+# Two at a time: most tests keep one core busy, or wait for a process that they start. Threads that wait must
+# not spin, or each holds up the other's.
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 # The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer: a package beside the built library.
 SANITIZED := build/sanitize
-KERNEL_TESTS := tests/test_ops.py tests/test_ops_errors.py tests/test_max_pool.py $(wildcard tests/test_convolution*.py)
+KERNEL_TESTS := tests/test_ops.py tests/test_ops_errors.py tests/test_max_pool.py $(wildcard tests/test_conv*.py)
 test-sanitize: $(VENV)/.test
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B $(SANITIZED) -DFASTRES_SANITIZE=ON -DFASTRES_CUDA=off \
 	    -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
@@ -57,7 +59,7 @@ $(VENV)/.train: $(VENV)/.tools $(SOURCES)
 
 # torchvision and timm are clients of the tests; their own choice of torch is not wanted.
 $(VENV)/.test: $(VENV)/.train
-	$(BIN)/pip install --quiet pytest pytest-benchmark "ruff==0.17.*" "clang-format==23.1.*" transformers pyyaml huggingface_hub safetensors playwright
+	$(BIN)/pip install --quiet pytest pytest-benchmark pytest-xdist "ruff==0.17.*" "clang-format==23.1.*" transformers pyyaml huggingface_hub safetensors playwright
 	$(BIN)/pip install --quiet --no-deps torchvision timm
 	touch $@
 

@@ -5,6 +5,7 @@ Every output is poisoned with NaN before the call, and so is the workspace.
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import shutil
 import subprocess
@@ -91,10 +92,14 @@ def library() -> ctypes.CDLL:
     if not path:
         cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
         build = ROOT / "build" / "emu"
-        for command in ([cmake, "-S", ROOT / "csrc" / "emu", "-B", build], [cmake, "--build", build, "-j"]):
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            if done.returncode:
-                raise RuntimeError(f"building the emulator failed:\n{done.stdout}")
+        build.mkdir(parents=True, exist_ok=True)
+        commands = ([cmake, "-S", ROOT / "csrc" / "emu", "-B", build], [cmake, "--build", build, "-j"])
+        with (build / "lock").open("w") as lock:  # the tests may run in several processes
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for command in commands:
+                done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                if done.returncode:
+                    raise RuntimeError(f"building the emulator failed:\n{done.stdout}")
         path = build / "libfastres_emu.so"
     lib = ctypes.CDLL(str(path))
     lib.fastres_emu_batch_norm_workspace_bytes.restype = c_int64
@@ -233,7 +238,7 @@ def bn_max_pool(pool, input, weight, bias, running_mean, running_var, *, trainin
 
     Args: pool: a fastres.max_pool.MaxPool. input: channels last.
     """
-    out = pool.output_size(input)
+    out = pool.output_size(input.shape[2:])
     output = torch.full((*input.shape[:2], *out), torch.nan, dtype=input.dtype)
     output = output.contiguous(memory_format=torch.channels_last)
     index = torch.full((output.numel(),), 255, dtype=torch.uint8)

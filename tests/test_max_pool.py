@@ -130,7 +130,7 @@ def test_values_and_indices_are_those_of_pytorch(dtype, any_isa, one_thread):
         input.flatten()[::7] = values[torch.randint(3, input.flatten()[::7].shape)]
         mean, var = torch.zeros(shape[1]), torch.ones(shape[1])
         mean, var = (t.to(kernels.accumulation_dtype(dtype)) for t in (mean, var))
-        size = MaxPool(*pool).output_size(input)
+        size = MaxPool(*pool).output_size(input.shape[2:])
         output, index, *_ = torch.ops.fastres.bn_relu_max_pool_forward(
             input, mean, var, None, None, False, 0.0, 0.0, size, *pool[:3]
         )
@@ -189,7 +189,8 @@ def test_opcheck(training):
     forward, backward = (
         getattr(torch.ops.fastres, f"bn_relu_max_pool_{way}") for way in ("forward", "backward")
     )
-    arguments = (input, mean, var, weight, bias, training, 0.1, 1e-5, pool.output_size(input), *pool[:3])
+    size = pool.output_size(input.shape[2:])
+    arguments = (input, mean, var, weight, bias, training, 0.1, 1e-5, size, *pool[:3])
     library.opcheck(forward.default, arguments)
     output, index, save_mean, save_rstd = forward(*arguments)
     grad = torch.randn_like(output)
