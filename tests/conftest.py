@@ -3,6 +3,7 @@
 import contextlib
 import re
 import shutil
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,10 +23,23 @@ from fastres.train import data as train_data
 _declared = []  # keeps the library's registrations alive
 
 
+def _import_client(name: str):
+    """The module, also where torchvision, which it may import, was built for another torch."""
+    before = set(sys.modules)
+    try:
+        return import_module(name)
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+    for module in set(sys.modules) - before:
+        if module.partition(".")[0] in ("torchvision", name):
+            del sys.modules[module]
+    _declare_torchvision_ops()
+    return import_module(name)
+
+
 def _declare_torchvision_ops() -> None:
-    """Let a torchvision built for another torch import: it asks for its operators' names, not kernels."""
-    if _declared or hasattr(torch.ops.torchvision, "nms"):
-        return
+    """Torchvision asks for its operators' names, not for kernels."""
     source = (Path(find_spec("torchvision").origin).parent / "_meta_registrations.py").read_text()
     registry = library.Library("torchvision", "DEF")
     for name in sorted(set(re.findall(r'"(?:torchvision::)?([a-z_0-9]+)"', source))):
@@ -35,13 +49,11 @@ def _declare_torchvision_ops() -> None:
 
 @pytest.fixture(scope="session")
 def torchvision():
-    _declare_torchvision_ops()
-    return import_module("torchvision")
+    return _import_client("torchvision")
 
 
 @pytest.fixture(scope="session")
-def timm():
-    _declare_torchvision_ops()
+def timm(torchvision):
     return import_module("timm")
 
 
