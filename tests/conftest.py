@@ -23,21 +23,6 @@ from fastres.train import data as train_data
 _declared = []  # keeps the library's registrations alive
 
 
-def _import_client(name: str):
-    """The module, also where torchvision, which it may import, was built for another torch."""
-    before = set(sys.modules)
-    try:
-        return import_module(name)
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-    for module in set(sys.modules) - before:
-        if module.partition(".")[0] in ("torchvision", name):
-            del sys.modules[module]
-    _declare_torchvision_ops()
-    return import_module(name)
-
-
 def _declare_torchvision_ops() -> None:
     """Torchvision asks for its operators' names, not for kernels."""
     source = (Path(find_spec("torchvision").origin).parent / "_meta_registrations.py").read_text()
@@ -49,7 +34,16 @@ def _declare_torchvision_ops() -> None:
 
 @pytest.fixture(scope="session")
 def torchvision():
-    return _import_client("torchvision")
+    """Also one that was built for another torch."""
+    try:
+        return import_module("torchvision")
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+    for module in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[module]
+    _declare_torchvision_ops()
+    return import_module("torchvision")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "cpu/cut.h"
-#include "cpu/kernels.h"
+#include "cpu/max_pool_windows.h"
 #include "cpu/pointer.h"
 #include "cpu/workspace.h"
 
@@ -82,35 +82,21 @@ void conv_max_pool(const ConvMaxPool& args, const ThreadPool& threads) {
         pack_weight(conv, words, threads);
         conv.packed = words;
     }
-    const auto& loops = kernels().loops[static_cast<int>(conv.dtype)].max_pool;
     const int64_t channels = conv.shape.out_channels, at_a_time = windows_at_a_time(args);
     const int64_t parts = parts_of_image(pool, at_a_time, threads);
     threads.for_each(pool.batch * parts, [&](int64_t task) {
         static thread_local Workspace rows_memory;
         const int64_t image = task / parts;
         ConvRows rows(conv, image, most_seen_rows(pool, at_a_time), rows_memory);
-        std::vector<const void*> window(pool.kernel.h);
+        WindowRows windows(pool, channels, conv.dtype);
         std::vector<uint8_t> index(pool.out.w * channels);  // nobody's, where there is no backward
-        MaxPoolRow row{};
-        row.rows = window.data();
-        row.kernel_h = pool.kernel.h;
-        row.kernel_w = pool.kernel.w;
-        row.stride = pool.stride.w;
-        row.padding = pool.padding.w;
-        row.width = pool.in.w;
-        row.out_width = pool.out.w;
-        row.channels = channels;
-        row.index = index.data();
-        const Range windows = part(pool.out.h, parts, task % parts);
-        for (int64_t out_row = windows.begin; out_row < windows.end; ++out_row) {
-            if ((out_row - windows.begin) % at_a_time == 0)
-                rows.move_to(seen_rows(pool, {out_row, std::min(out_row + at_a_time, windows.end)}));
-            const int64_t first = out_row * pool.stride.h - pool.padding.h;
-            for (int64_t i = 0; i < pool.kernel.h; ++i)
-                window[i] = first + i >= 0 && first + i < pool.in.h ? rows[first + i] : nullptr;
-            row.output =
-                at(args.output, (image * pool.out.h + out_row) * pool.out.w * channels, conv.dtype);
-            loops.forward(row);
+        const auto pixels_of = [&](int64_t row) { return rows[row]; };
+        const Range of_task = part(pool.out.h, parts, task % parts);
+        for (int64_t row = of_task.begin; row < of_task.end; ++row) {
+            if ((row - of_task.begin) % at_a_time == 0)
+                rows.move_to(seen_rows(pool, {row, std::min(row + at_a_time, of_task.end)}));
+            const int64_t element = (image * pool.out.h + row) * pool.out.w * channels;
+            windows.maximum(row, pixels_of, at(args.output, element, conv.dtype), index.data());
         }
     });
 }

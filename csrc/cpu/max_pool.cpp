@@ -4,14 +4,11 @@
 #include <vector>
 
 #include "cpu/batch_norm_passes.h"
+#include "cpu/max_pool_windows.h"
 #include "cpu/workspace.h"
 
 namespace fastres::cpu {
 namespace {
-
-const Kernels::MaxPool& loops_of(Dtype dtype) {
-    return kernels().loops[static_cast<int>(dtype)].max_pool;
-}
 
 // Memory for `rows` rows of a channels-last image, one after the other.
 class RowBuffer {
@@ -44,35 +41,20 @@ void forward(const BnMaxPoolForward& args, const ThreadPool& threads) {
         static thread_local Workspace workspace;
         const RowBuffer buffer(shape, pool, pool.kernel.h, workspace);
         std::vector<int64_t> held(pool.kernel.h, -1);  // rows of the input, by where they are in the buffer
-        std::vector<const void*> window(pool.kernel.h);
-        MaxPoolRow row{};
-        row.rows = window.data();
-        row.kernel_h = pool.kernel.h;
-        row.kernel_w = pool.kernel.w;
-        row.stride = pool.stride.w;
-        row.padding = pool.padding.w;
-        row.width = pool.in.w;
-        row.out_width = pool.out.w;
-        row.channels = shape.channels;
+        WindowRows windows(pool, shape.channels, shape.dtype);
         // The last ones first: they are what the pass before left in the caches.
         const Range of_task = part(rows, tasks, task);
         for (int64_t out_row = of_task.end - 1; out_row >= of_task.begin; --out_row) {
             const int64_t image = out_row / pool.out.h;
-            const int64_t first = out_row % pool.out.h * pool.stride.h - pool.padding.h;
-            for (int64_t i = 0; i < pool.kernel.h; ++i) {
-                const bool inside = first + i >= 0 && first + i < pool.in.h;
-                const int64_t in_row = image * pool.in.h + first + i;
-                window[i] = nullptr;
-                if (!inside) continue;
-                const int64_t place = in_row % pool.kernel.h;
+            const auto pixels = [&](int64_t row) {
+                const int64_t in_row = image * pool.in.h + row, place = in_row % pool.kernel.h;
                 if (held[place] != in_row) norm.apply_rows(pixels_of(pool, in_row), buffer[place]);
                 held[place] = in_row;
-                window[i] = buffer[place];
-            }
+                return buffer[place];
+            };
             const int64_t element = out_row * pool.out.w * shape.channels;
-            row.output = at(args.output, element, shape.dtype);
-            row.index = args.index + element;
-            loops_of(shape.dtype).forward(row);
+            windows.maximum(out_row % pool.out.h, pixels, at(args.output, element, shape.dtype),
+                            args.index + element);
         }
     });
 }
@@ -103,7 +85,7 @@ class GradRows {
             windows_[row_.count++] = {at(args_.grad, element, args_.norm.shape.dtype),
                                       args_.index + element, static_cast<int>(i * pool.kernel.w)};
         }
-        loops_of(args_.norm.shape.dtype).backward(row_);
+        kernels().loops[static_cast<int>(args_.norm.shape.dtype)].max_pool.backward(row_);
         return row_.grad_input;
     }
 
