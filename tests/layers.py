@@ -15,11 +15,12 @@ LEARNED = ("input", "weight", "residual", "bn_weight", "bn_bias")
 
 
 def units() -> list[tuple[str, str]]:
-    """Instruction sets and the dtypes that each has convolutions of."""
+    """Instruction sets and the dtypes that each has convolutions of, of its own."""
     before, found = _C.cpu_isa(), []
     for isa in _C.cpu_isas():
         _C.select_cpu_isa(isa)
-        found += [(isa, dtype) for dtype in DTYPES if _C.convolves(dtype)]
+        dtypes = ["bfloat16"] if isa in ("avx512_bf16", "avx512_amx") else DTYPES
+        found += [(isa, dtype) for dtype in dtypes if _C.convolves(dtype)]
     _C.select_cpu_isa(before)
     return found
 

@@ -1,85 +1,19 @@
-"""AMX's convolutions on processors without it: csrc/emu/amx_tiles.h gives its instructions a meaning."""
+"""AMX's multiplication, as it is and with faults; csrc/emu gives its instructions a meaning elsewhere."""
 
 import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from emulating import EMULATES, needs_emulator, run
 
 from fastres import _C
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 MULTIPLY = CSRC / "cpu" / "conv_multiply_amx.h"
-INFO = Path("/proc/cpuinfo")
 
-needs_avx512 = pytest.mark.skipif(
-    not INFO.exists() or "avx512_bf16" not in INFO.read_text().split(),
-    reason="the emulator runs on AVX-512 with bf16",
-)
 needs_amx = pytest.mark.skipif("avx512_amx" not in _C.cpu_isas(), reason="the processor has no AMX")
-
-
-def run(*command, **options) -> str:
-    """Return what the command printed, which is told where it fails."""
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900, **options
-    )
-    if done.returncode:
-        raise AssertionError(f"{Path(command[0]).name} exited with {done.returncode}:\n{done.stdout}")
-    return done.stdout
-
-
-# ---------------------------------------------------------------------------------------------------------
-# the whole library
-
-
-@pytest.fixture(scope="module")
-def package() -> Path:
-    """A folder with a fastres whose library has AMX emulated, built beside the usual one."""
-    build = ROOT / "build" / "amx"
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    cmake, environment = shutil.which("cmake", path=path), os.environ | {"PATH": path}
-    options = ["-DFASTRES_EMULATE_AMX=ON", "-DFASTRES_CUDA=off", f"-DPython_EXECUTABLE={sys.executable}"]
-    run(cmake, "-G", "Ninja", "-S", ROOT, "-B", build, *options, env=environment)
-    run(cmake, "--build", build, "--target", "_C", env=environment)
-    folder = build / "package"
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(ROOT / "fastres", folder / "fastres", ignore=shutil.ignore_patterns("_C*.so"))
-    (library,) = build.glob("_C*.so")
-    shutil.copy(library, folder / "fastres")
-    return folder
-
-
-def run_in(package: Path, *arguments) -> str:
-    """By Python, which looks for modules in its working folder first."""
-    environment = os.environ | {"FASTRES_CPU_ISA": "avx512_amx"}
-    environment.pop("PYTHONPATH", None)
-    return run(sys.executable, *arguments, cwd=package, env=environment)
-
-
-@needs_avx512
-def test_the_package_is_the_emulated_one(package):
-    printed = run_in(
-        package, "-c", "import fastres; print(fastres.__file__, *fastres._C.kernels())"
-    ).split()
-    assert Path(printed[0]).is_relative_to(package)
-    assert "cpu/avx512_amx/conv_load_steps" in printed  # which only AMX's multiplication wants
-
-
-@needs_avx512
-def test_bf16_convolutions(package):
-    """All tests of convolutions that are of bf16."""
-    files = sorted((ROOT / "tests").glob("test_convolution*.py"))
-    options = ["-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "-p", "no:cacheprovider", "-k", "bfloat16"]
-    printed = run_in(package, "-m", "pytest", "-vv", *options, *files)
-    assert "avx512_amx-bfloat16" in printed
-
-
-# ---------------------------------------------------------------------------------------------------------
-# the multiplication alone, as it is and with faults
+needs_avx512 = pytest.mark.skipif(EMULATES != "amx", reason="takes minutes where AVX-512 is emulated too")
 
 
 def multiply(folder: Path, source: str, emulated: bool) -> str:
@@ -87,7 +21,10 @@ def multiply(folder: Path, source: str, emulated: bool) -> str:
     (folder / "cpu").mkdir()
     (folder / "cpu" / MULTIPLY.name).write_text(source)
     program = folder / "multiply"
-    avx512 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "bf16")]
+    if emulated and EMULATES == "avx512":
+        avx512 = ["-DFASTRES_EMULATE_AVX512", "-DFASTRES_EMULATE_AVX512_BF16"]
+    else:
+        avx512 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "bf16")]
     machine = ["-mavx2", "-mfma", "-mf16c", *avx512, "-mamx-tile", "-mamx-bf16"]
     emulator = ["-DFASTRES_EMULATE_AMX", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     options = ["-std=c++17", "-O1", "-w", *machine, *(emulator if emulated else [])]
@@ -97,7 +34,7 @@ def multiply(folder: Path, source: str, emulated: bool) -> str:
 
 @pytest.mark.parametrize(
     "emulated",
-    [pytest.param(True, marks=needs_avx512), pytest.param(False, marks=needs_amx)],
+    [pytest.param(True, marks=needs_emulator), pytest.param(False, marks=needs_amx)],
     ids=["emulated", "processor"],
 )
 def test_multiplies_as_plain_loops_do(tmp_path, emulated):

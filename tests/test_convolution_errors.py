@@ -205,12 +205,13 @@ def test_a_weight_that_another_instruction_set_packed():
     isas = [isa for isa in _C.cpu_isas() if isa != "scalar"]
     if len(isas) < 2:
         pytest.skip("one instruction set has convolutions")
-    packed = KERNELS.conv_pack_weight(W, X, ONE, ONE, 1)
+    weight, input = W.bfloat16(), X.bfloat16()  # which no two of them multiply alike
+    packed = KERNELS.conv_pack_weight(weight, input, ONE, ONE, 1)
     before = _C.cpu_isa()
     _C.select_cpu_isa(next(isa for isa in isas if isa != before))
     try:
         with pytest.raises(RuntimeError, match="with the instruction set in use"):
-            _bn_act_eval(packed)
+            _bn_act_eval(packed, input, weight)
     finally:
         _C.select_cpu_isa(before)
 

@@ -87,7 +87,7 @@ struct FloatWords {
         return multiply_add(sum, words, broadcast(*word));
     }
     FASTRES_ALWAYS void multiply_add_memory(Vec<float>& sum, Vec<float> words, const float* word) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(FASTRES_EMULATE_AVX512)
         asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(words), "m"(*word));
 #else
         sum = multiply_add(sum, words, word);
@@ -118,7 +118,11 @@ struct PairWords {
         return multiply_add(sum, words, broadcast(*word));
     }
     FASTRES_ALWAYS void multiply_add_memory(Vec<float>& sum, Vec<float> words, const float* word) {
+#if defined(FASTRES_EMULATE_AVX512)
+        sum = multiply_add(sum, words, word);
+#else
         asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(words), "m"(*word));
+#endif
     }
     template <class T>
     FASTRES_ALWAYS Vec<float> load_weights(const T* weights) {

@@ -74,10 +74,14 @@ std::vector<const Kernels*> available_kernels() {
     const bool avx2 =
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (avx2_kernels() && avx2) available.push_back(avx2_kernels());
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+#if defined(FASTRES_EMULATE_AVX512)
+    const bool avx512 = true, avx512_bf16 = true;
+#else
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (avx512_kernels() && avx2 && avx512) available.push_back(avx512_kernels());
-    const bool avx512_bf16 = avx2 && avx512 && __builtin_cpu_supports("avx512bf16");
+    const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+    if (avx512_kernels() && avx512) available.push_back(avx512_kernels());
     if (avx512_bf16_kernels() && avx512_bf16) available.push_back(avx512_bf16_kernels());
     if (avx512_amx_kernels() && avx512_bf16 && has_amx()) available.push_back(avx512_amx_kernels());
 #endif

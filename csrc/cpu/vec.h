@@ -15,12 +15,14 @@
 
 #include "core/dtype.h"
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 #ifndef FASTRES_ISA
 #error "define FASTRES_ISA before including vec.h"
+#endif
+
+#if defined(FASTRES_EMULATE_AVX512)
+#include "emu/avx512.h"
+#elif defined(__AVX2__)
+#include <immintrin.h>
 #endif
 
 namespace fastres::cpu::FASTRES_ISA {
@@ -320,7 +322,7 @@ FASTRES_ALWAYS Vec<float> relu(Vec<float> v) {
 // ReLU's gradient. "Not above" is written so that NaN counts as above: PyTorch lets its gradient through.
 template <class Lane, class Real>
 FASTRES_ALWAYS Lane zero_where_not_above(Lane pre_activation, Real threshold, Lane grad) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(FASTRES_EMULATE_AVX512)
     // Selection and load must not become one masked load, which would wait for the comparison.
     asm("" : "+v"(grad));
 #endif

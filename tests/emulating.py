@@ -1,0 +1,28 @@
+"""Instructions that a test gives a meaning of its own, by csrc/emu, as this processor may not have them."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fastres import _C
+
+_INFO = Path("/proc/cpuinfo")
+_FLAGS = set(_INFO.read_text().split()) if _INFO.exists() else set()
+
+# The least that gives the processor all of our instruction sets: AMX alone, or AVX-512 as well.
+EMULATES = "amx" if "avx512_bf16" in _FLAGS else "avx512"
+
+needs_emulator = pytest.mark.skipif(
+    EMULATES == "avx512" and "avx2" not in _C.cpu_isas(), reason="the emulator runs on AVX2"
+)
+
+
+def run(*command, **options) -> str:
+    """Return what the command printed, which is told where it fails."""
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900, **options
+    )
+    if done.returncode:
+        raise AssertionError(f"{Path(command[0]).name} exited with {done.returncode}:\n{done.stdout}")
+    return done.stdout
