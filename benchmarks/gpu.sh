@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one run: build, tests, compute-sanitizer, benchmarks, and a table last.
 #
-#   benchmarks/gpu.sh [--quick] [--tune] [--dry-run]
+#   benchmarks/gpu.sh [--quick] [--tune | --models] [--dry-run]
 #
 #   --quick    without torch.compile and with fewer shapes: at most 4 minutes, else at most 9 (on 16 cores)
 #   --tune     in place of all but the build: batch norm in one launch against two, by size of tensor, into
 #              <card>-<date>-tune.json; at most 9 minutes
+#   --models   in place of all but the build: other models, batches and stock variants than in the whole run,
+#              into <card>-<date>-models.json; at most 9 minutes
 #   --dry-run  what a machine without a GPU can do, and what such a machine does anyway: compile for sm_90a,
 #              report each kernel's registers and spills, and run every command line on the CPU at toy sizes
 #
@@ -15,18 +17,19 @@
 # Needs bash 5, nvcc and compute-sanitizer.
 set -euo pipefail
 
-quick='' tune='' dry_run=''
+quick='' tune='' models='' dry_run=''
 for word in "$@"; do
     case $word in
         --quick) quick=yes ;;
         --tune) tune=yes ;;
+        --models) models=yes ;;
         --dry-run) dry_run=yes ;;
         -h | --help)
             sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0"
             exit
             ;;
         *)
-            echo "gpu.sh: unknown argument '$word'; there are --quick, --tune, --dry-run and --help" >&2
+            echo "gpu.sh: unknown argument '$word'; there are --quick, --tune, --models, --dry-run and --help" >&2
             exit 2
             ;;
     esac
@@ -67,6 +70,7 @@ if [[ -n $dry_run ]]; then
     output=$PWD/build/gpu-dry-run # its figures are no measurements
     export TORCHDYNAMO_DISABLE=1
 fi
+[[ -z $models ]] || output+=-models
 : >"$output.log"
 
 # ---------------------------------------------------------------------------------------------------------
@@ -114,6 +118,14 @@ report() {
     "$python" benchmarks/gpu_report.py "$scratch" --json "$output.json" ${dry_run:+--kernels}
 }
 
+# The table, and whether all went well.
+conclude() {
+    echo
+    report || failed=yes
+    [[ -z $unrun ]] || echo "For want of a GPU only the command lines were checked of:$unrun"
+    [[ -z $failed ]]
+}
+
 trap 'jobs -p | xargs -r kill; exit 130' INT TERM
 
 # ptxas reports only what it compiles, and a library of an earlier build would be taken for this one.
@@ -131,6 +143,39 @@ if [[ -n $tune ]]; then
     finish tune
     sed -n '2,$p' "$scratch/tune.log"
     [[ -z $failed ]]
+    exit
+fi
+# In a dry run the last word on each option is a small one.
+small=() toy=()
+if [[ -n $dry_run ]]; then
+    small=(--device cpu --batch 1 --seconds 0.01 --threads 1)
+    toy=(--device cpu --model cifar_resnet20 --batch 2 --image-size 32 --repeat 2 --threads 1)
+fi
+bench=("$python" -m fastres bench --device cuda --dtype bf16 --repeat 20)
+
+# step STAGE ARGUMENT...: of `fastres bench`, to the end.
+step() {
+    local stage=$1
+    shift
+    start "$stage" 150 "${bench[@]}" "$@" --json "$scratch/$stage.json" "${toy[@]}"
+    finish "$stage"
+}
+
+if [[ -n $models ]]; then
+    [[ -z $dry_run ]] || passed=checked
+    graph=(--cuda-graph)
+    [[ -z $dry_run ]] || graph=() # which the CPU has none of
+    step resnet50-graph --model resnet50 --batch 32 "${graph[@]}" --against eager,compile-reduce-overhead
+    for model in resnet152 resnext50_32x4d resnet101; do
+        step "$model-train" --model "$model" --batch "$((batch / 2))" --against eager,compile
+    done
+    # Stock at its best: batch norms folded into the weights.
+    export TORCHINDUCTOR_FREEZING=1
+    for images in 1 32 "$batch"; do
+        step "resnet50-infer-$images" --model resnet50 --mode infer --batch "$images" \
+            --against eager,compile-max-autotune
+    done
+    conclude
     exit
 fi
 start doctor 60 "$python" -m fastres doctor
@@ -158,12 +203,7 @@ else
 fi
 finish tests "${tools[@]}"
 
-# Speed: one after the other. In a dry run the last word on each option is a small one.
-small=() toy=()
-if [[ -n $dry_run ]]; then
-    small=(--device cpu --batch 1 --seconds 0.01 --threads 1)
-    toy=(--device cpu --model cifar_resnet20 --batch 2 --image-size 32 --repeat 2 --threads 1)
-fi
+# Speed: one after the other.
 bandwidth=("$python" benchmarks/bandwidth.py --device cuda --batch "$batch" --seconds 1)
 shapes=(--dtypes bf16 fp16 fp32 --all-shapes)
 against=eager,compile
@@ -175,16 +215,9 @@ start channels_last 90 "${bandwidth[@]}" "${shapes[@]}" --json "$scratch/channel
 finish channels_last
 start contiguous 30 "${bandwidth[@]}" --dtypes bf16 --contiguous --json "$scratch/contiguous.json" "${small[@]}"
 finish contiguous
-bench=("$python" -m fastres bench --device cuda --dtype bf16 --batch "$batch" --repeat 20 --against "$against")
 for model in resnet50 resnet18; do
     for mode in train infer; do
-        start "$model-$mode" 150 "${bench[@]}" --model "$model" --mode "$mode" \
-            --json "$scratch/$model-$mode.json" "${toy[@]}"
-        finish "$model-$mode"
+        step "$model-$mode" --model "$model" --mode "$mode" --batch "$batch" --against "$against"
     done
 done
-
-echo
-report || failed=yes
-[[ -z $unrun ]] || echo "For want of a GPU only the command lines were checked of:$unrun"
-[[ -z $failed ]]
+conclude

@@ -108,12 +108,14 @@ def print_bandwidth(rows: list[dict]) -> None:
 
 def print_steps(parts: list[dict]) -> None:
     """A line a step and stock variant: the speedup's median and quartiles, the share of its peak memory."""
-    print(f"\n{'fused step':46}{'images/s':>9}   stock/fused          of its peak memory")
+    print(f"\n{'fused step':60}{'images/s':>9}   stock/fused          of its peak memory")
     for part in parts:
         settings, fused = part["settings"], part["variants"]["fused"]
         step = " ".join(str(settings[key]) for key in ("model", "mode", "dtype", "batch"))
+        if settings["cuda_graph"]:
+            step += " graph"
         for stock, speedup in part["speedup"].items():
-            line = f"{f'{step} against {stock}':46}{fused['images_per_second']:9,.0f}   "
+            line = f"{f'{step} against {stock}':60}{fused['images_per_second']:9,.0f}   "
             line += f"{speedup['median']:.2f} ({speedup['low']:.2f} to {speedup['high']:.2f})"
             if "peak_bytes" in fused:
                 line += f"  {fused['peak_bytes'] / part['variants'][stock]['peak_bytes']:8.0%}"

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
@@ -19,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastres import _C, sites
+from fastres.breakdown import PARTS, time_by_part
+from fastres.cuda_graph import CudaGraphs, GraphedStep
 from fastres.files import replaced
 from fastres.fuse import fuse
 from fastres.inference import optimize_for_inference
@@ -27,12 +28,18 @@ from fastres.progress import shown
 from fastres.timing import Machine, Seconds, Spread, interleave, ratios, usable_cores
 
 # torch.compile's mode; none where stock layers run as they are.
-_STOCK_VARIANTS = {"eager": None, "compile": "default", "compile-max-autotune": "max-autotune"}
-_WARM_UP = (
-    2  # calls: the first compiles and makes the optimizer's state, the second runs in the memory so gained
-)
-_PROFILED = 3  # calls: the sums of one vary by several percent
-_PARTS = ("convolution", "linear", "optimizer", "the rest")
+_STOCK_VARIANTS = {
+    "eager": None,
+    "compile": "default",
+    "compile-reduce-overhead": "reduce-overhead",
+    "compile-max-autotune": "max-autotune",
+}
+# Of these, the ones that replay CUDA graphs.
+_GRAPHED = {"compile-reduce-overhead", "compile-max-autotune"}
+# Calls: the first compiles and makes the optimizer's state, the second runs in the memory so gained. Before
+# a graph is captured there are more of them.
+_WARM_UP = 2
+_WARM_UP_OF_GRAPHS = GraphedStep.WARM_UP + 2
 
 
 class BenchError(ValueError):
@@ -58,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="eager",
         help=f"one or more of {', '.join(_STOCK_VARIANTS)}, with commas (default: %(default)s)",
     )
+    add("--cuda-graph", action="store_true", help="capture fused's step on a CUDA device and replay it")
     add("--contiguous", action="store_true", help="memory in NCHW order instead of channels_last")
     add("--repeat", type=int, default=10, help="rounds (default: %(default)s)")
     add("--threads", type=int, help="threads of PyTorch's CPU ops (default here: PyTorch's own choice)")
@@ -86,7 +94,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def steps(arguments: argparse.Namespace, against: list[str]) -> int:
     """How often `measure` calls `advance`."""
-    return (1 + len(against)) * (_WARM_UP + arguments.repeat + (2 if arguments.breakdown else 0))
+    rest = arguments.repeat + (2 if arguments.breakdown else 0)
+    return sum(_warm_up(name, arguments) + rest for name in ("fused", *against))
+
+
+def _warm_up(name: str, arguments: argparse.Namespace) -> int:
+    graphed = arguments.cuda_graph if name == "fused" else arguments.device == "cuda" and name in _GRAPHED
+    return _WARM_UP_OF_GRAPHS if graphed else _WARM_UP
 
 
 def measure(
@@ -133,7 +147,9 @@ def _cudnn_benchmark() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-_SETTINGS = ("model", "batch", "image_size", "dtype", "device", "mode", "contiguous", "repeat")
+_SETTINGS = (
+    "model", "batch", "image_size", "dtype", "device", "mode", "cuda_graph", "contiguous", "repeat"
+)  # fmt: skip
 
 
 def _result(
@@ -184,6 +200,10 @@ def check(arguments: argparse.Namespace) -> list[str]:
     if not against or not set(against) <= set(_STOCK_VARIANTS):
         names = ", ".join(_STOCK_VARIANTS)
         raise BenchError(f"--against {arguments.against!r}: expected one or more of {names}, with commas")
+    if arguments.cuda_graph and arguments.device != "cuda":
+        raise BenchError("--cuda-graph: takes a CUDA device, with --device cuda")
+    if arguments.cuda_graph and arguments.breakdown:
+        raise BenchError("--breakdown: cannot look into a CUDA graph; leave out --cuda-graph")
     if arguments.device == "cuda":
         if not torch.cuda.is_available():
             raise BenchError(
@@ -236,6 +256,10 @@ class Variant:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-5, momentum=0.9)
         mode = _STOCK_VARIANTS.get(name)
         self.forward: Callable[[Tensor], Tensor] = torch.compile(model, mode=mode) if mode else model
+        self._take_step = self._train if self.training else self._infer
+        if name == "fused" and arguments.cuda_graph:
+            self._take_step = GraphedStep(self._take_step, CudaGraphs(arguments.device))
+        self._warm_up_calls = _warm_up(name, arguments)
 
     def warm_up(self, advance: Callable[[], object] = lambda: None) -> None:
         """Everything that only the first calls do, and a look at whether the fused model runs fused.
@@ -247,7 +271,7 @@ class Variant:
             with sites.record() if self.name == "fused" else contextlib.nullcontext([]) as records:
                 self.step()
             advance()
-            for _ in range(_WARM_UP - 1):
+            for _ in range(self._warm_up_calls - 1):
                 with self._watch_memory():
                     self.step()
                 advance()
@@ -262,13 +286,19 @@ class Variant:
                 self.convolutions["fastres" if record.own_convolution else "PyTorch"] += 1
 
     def step(self) -> None:
-        if not self.training:
-            with torch.inference_mode(), self._context():
-                self.forward(self.images)
-            return
+        self._take_step(self.images, self.labels)
+
+    def _infer(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.inference_mode(), self._context():
+            output = self.forward(images)
+        return output, output
+
+    def _train(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
-        self._loss().backward()
+        loss = self._loss(images, labels)
+        loss.backward()
         self.optimizer.step()
+        return loss.detach(), loss.detach()
 
     def saved_bytes(self) -> int:
         """Memory that the forward keeps for the backward: each storage once, the model's own left out."""
@@ -283,7 +313,7 @@ class Variant:
 
         # All that is saved lives until the backward, so that no address is met twice.
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = self._loss()
+            loss = self._loss(self.images, self.labels)
         loss.backward()
         return sum(storages.values())
 
@@ -300,12 +330,13 @@ class Variant:
         others = torch.cuda.memory_allocated(self.device) - own
         torch.cuda.reset_peak_memory_stats(self.device)
         yield
-        self.peak_bytes = torch.cuda.max_memory_allocated(self.device) - others
+        # The most of several: a graph's replay asks for no memory, the steps before did.
+        self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(self.device) - others)
 
-    def _loss(self) -> Tensor:
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         with self._context():
-            output = self.forward(self.images)
-            return F.cross_entropy(getattr(output, "logits", output), self.labels)
+            output = self.forward(images)
+            return F.cross_entropy(getattr(output, "logits", output), labels)
 
     @contextlib.contextmanager
     def _context(self) -> Iterator[None]:
@@ -323,53 +354,6 @@ def _model(name: str) -> torch.nn.Module:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# where the time goes
-
-# Ours with what is fused into them.
-_CONVOLUTION = re.compile(r"(aten|mkldnn|onednn)::\w*(convolution|conv[123]d)|fastres::conv_")
-_LINEAR = re.compile(r"(aten|mkldnn|onednn)::\w*(linear|addmm|mm|matmul)")
-
-
-def time_by_part(step: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Seconds a call spent in convolutions, in linear layers, in the optimizer and in the rest.
-
-    Self time by op, under the profiler: the CPU's, or where `device` is a CUDA device that of the kernels.
-    """
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "6"
-    )  # else the profiler tells on stderr that it starts and stops
-    from torch.profiler import ProfilerActivity, profile, record_function
-
-    cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities) as profiler:
-        for _ in range(_PROFILED):
-            # Its self time is what passes between the ops, in Python.
-            with contextlib.nullcontext() if cuda else record_function("step"):
-                step()
-        if cuda:
-            torch.cuda.synchronize()
-    parts = dict.fromkeys(_PARTS, 0.0)
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CPU:
-            self_time = event.self_device_time_total if cuda else event.self_cpu_time_total
-            parts[_part(event)] += self_time / 1e6 / _PROFILED
-    return parts
-
-
-def _part(event) -> str:
-    if _CONVOLUTION.match(event.name):
-        return "convolution"
-    if _LINEAR.match(event.name):
-        return "linear"
-    while event is not None:
-        if event.name.startswith("Optimizer."):
-            return "optimizer"
-        event = event.cpu_parent
-    return "the rest"
-
-
-# ---------------------------------------------------------------------------------------------------------
 # showing and writing
 
 
@@ -379,6 +363,7 @@ def _print(result: dict) -> None:
         f"{settings['model']}, {settings['mode']}, {settings['batch']} images of "
         f"{settings['image_size']}x{settings['image_size']}, {settings['dtype']}, "
         f"{'contiguous' if settings['contiguous'] else 'channels_last'}, {settings['device']}"
+        f"{', fused in a CUDA graph' if settings['cuda_graph'] else ''}"
     )
     print(Machine(**result["machine"]))
     counts = ", ".join(f"{count} {whose}'s" for whose, count in result["convolutions"].items())
@@ -416,7 +401,7 @@ def _print_breakdown(breakdowns: dict[str, dict]) -> None:
     width = max(10, *(len(name) + 2 for name in breakdowns))
     print()
     _print_row("ms/step, profiled", breakdowns, width)
-    for part in _PARTS:
+    for part in PARTS:
         _print_row(part, [f"{b['seconds'][part] * 1e3:.2f}" for b in breakdowns.values()], width)
     _print_shares("  of stock's", {n: b["seconds"]["the rest"] for n, b in breakdowns.items()}, width)
     saved = {name: breakdown.get("saved_bytes") for name, breakdown in breakdowns.items()}

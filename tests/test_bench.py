@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from training import RunAgain
 
 import fastres.nn
 from fastres import bench, sites, timing
@@ -76,10 +77,10 @@ def test_compares_with_torch_compile(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(torch, "compile", compile)
     path = tmp_path / "out.json"
-    assert run("--against", "compile,eager,compile-max-autotune", "--breakdown", "--json", str(path)) == 0
-    names = ["fused", "compile", "eager", "compile-max-autotune"]
-    assert list(json.loads(path.read_text())["variants"]) == names
-    assert compiled == ["default", "max-autotune"]
+    stock = ["compile", "eager", "compile-max-autotune", "compile-reduce-overhead"]
+    assert run("--against", ",".join(stock), "--breakdown", "--json", str(path)) == 0
+    assert list(json.loads(path.read_text())["variants"]) == ["fused", *stock]
+    assert compiled == ["default", "max-autotune", "reduce-overhead"]
     assert all(len(line) == len(lines[0]) for lines in [_table(capsys.readouterr().out)] for line in lines)
 
 
@@ -139,6 +140,36 @@ def test_compiled_code_heeds_a_change_to_stock_layers():
     assert fused == [False, True]
 
 
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_what_is_timed_of_a_cuda_graph_is_its_replay(mode, monkeypatch):
+    graphs = RunAgain()
+    monkeypatch.setattr(bench, "CudaGraphs", lambda device: graphs)
+    plain, graphed = (bench.Variant("fused", arguments("--mode", mode, *g)) for g in ([], ["--cuda-graph"]))
+    eager = bench.Variant("eager", arguments("--mode", mode, "--cuda-graph"))
+    for variant in (plain, graphed, eager):
+        variant.warm_up()
+    assert (graphs.aside, graphs.captured, graphs.replayed) == (3, 1, 2)
+    graphed.step()
+    assert (graphs.aside, graphs.captured, graphs.replayed) == (3, 1, 3)
+    for _ in range(4):
+        plain.step()
+    for ours, theirs in zip(
+        graphed.model.state_dict().values(), plain.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_a_cuda_graph(mode, tmp_path):
+    path = tmp_path / "out.json"
+    words = f"--device cuda --cuda-graph --mode {mode} --dtype bf16 --json {path}"
+    assert run(*words.split()) == 0
+    result = json.loads(path.read_text())
+    assert result["settings"]["cuda_graph"] and result["unfused"] == {}
+
+
 def test_variants_begin_with_the_same_weights_and_batch():
     fused, eager = (bench.Variant(name, arguments("--contiguous")) for name in ("fused", "eager"))
     for ours, theirs in zip(fused.model.parameters(), eager.model.parameters(), strict=True):
@@ -184,9 +215,10 @@ def test_tells_why_sites_of_the_fused_model_ran_stock(capsys, monkeypatch):
         (["--threads", "2000"], "--threads 2000: expected at most"),
         (
             ["--against", "eager,jit"],
-            "--against 'eager,jit': expected one or more of eager, compile, compile-max",
+            "--against 'eager,jit': expected one or more of eager, compile, compile-red",
         ),
         (["--against", ""], "--against '': expected one or more of eager"),
+        (["--cuda-graph"], "--cuda-graph: takes a CUDA device, with --device cuda"),
         (["--json", "no/such/folder/out.json"], "--json no/such/folder/out.json: cannot write there"),
         (
             ["--batch", "1", "--image-size", "1"],

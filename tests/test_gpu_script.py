@@ -107,7 +107,7 @@ def test_a_failing_stage_is_told_and_does_not_stop_the_later_ones(tree):
     assert "the doctor is ill" in done.stdout
     assert len(result["kernels"]) == 2 and "2 kernels, at most 255 registers, 1 with spills" in done.stdout
     log = path.with_suffix(".log").read_text()
-    assert log.count("the doctor is ill") == 1 and "--device cuda --dtype bf16 --batch 256" in log
+    assert log.count("the doctor is ill") == 1 and "--mode infer --batch 256" in log
 
 
 def test_without_a_gpu_it_is_a_dry_run(tree):
@@ -134,6 +134,16 @@ def test_tuning_without_a_gpu_is_a_dry_run(tree):
     done = run(tree, "--tune")
     assert done.returncode == 0 and "checked" in done.stdout, done.stdout
     assert "/build/gpu-dry-run-tune.json --device cpu" in done.stdout
+
+
+def test_other_models(tree):
+    done = run(tree, "--models")
+    assert done.returncode == 0, done.stdout
+    log = next((tree / "out").glob("some-gpu-*-models.log")).read_text()
+    assert "--model resnet50 --batch 32 --cuda-graph --against eager,compile-reduce-overhead" in log
+    assert "--model resnet152 --batch 128 --against eager,compile" in log
+    assert "--mode infer --batch 1 --against eager,compile-max-autotune" in log
+    assert "doctor" not in log and "bandwidth" not in log
 
 
 def test_an_unknown_argument_gets_a_sentence(tree):

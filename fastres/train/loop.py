@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from fastres import models, sites
+from fastres.cuda_graph import CudaGraphs, GraphedStep
 from fastres.train import checkpoint, report
 from fastres.train.data import Data, batches_of, shifted
-from fastres.train.graph import CudaGraphs, GraphedStep
 
 
 class ResumeError(ValueError):
@@ -42,7 +42,7 @@ class Settings:
         dtype: "fp32" or "bf16" (autocast; weights and statistics stay fp32).
         fused: run the fused ops, else the same model's stock layers.
         momentum, weight_decay: of SGD.
-        cuda_graph: capture a step and replay it, see fastres.train.graph.
+        cuda_graph: capture a step and replay it, see fastres.cuda_graph.
     """
 
     arch: str

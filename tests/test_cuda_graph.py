@@ -4,31 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from training import SETTINGS, weights
+from training import SETTINGS, RunAgain, weights
 
 from fastres import cli
+from fastres.cuda_graph import GraphedStep
 from fastres.train import loop
-from fastres.train.graph import GraphedStep
-
-
-class RunAgain:
-    """In place of CUDA graphs: what was captured is run once more, with what its inputs then hold."""
-
-    def __init__(self):
-        self.aside = self.captured = self.replayed = 0
-
-    def run_aside(self, run):
-        self.aside += 1
-        return run()
-
-    def capture(self, run):
-        self.captured += 1
-
-        def replay():
-            self.replayed += 1
-            return run()
-
-        return replay
 
 
 def test_a_captured_step_is_replayed_on_each_whole_batch(few, tmp_path):
