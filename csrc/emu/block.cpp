@@ -36,6 +36,10 @@ constexpr std::size_t kLargestExchange = 16;
 
 bool descending = false;
 
+std::string place(const char* file, int line) {
+    return std::string(file) + ":" + std::to_string(line);
+}
+
 class Barrier {
   public:
     explicit Barrier(unsigned threads) : threads_(threads) {}
@@ -59,10 +63,15 @@ class Barrier {
     char order_[2];
 };
 
-// What a thread of the block has brought to its warp's exchanges; two, as the next may begin before all
-// have read.
+// What a thread of the block has brought to its warp's exchanges, and from where; two, as the next may
+// begin before all have read.
 struct Slots {
-    char value[2][kLargestExchange];
+    struct Slot {
+        char value[kLargestExchange];
+        const char* file;
+        int line;
+    };
+    Slot slot[2];
     unsigned exchanges = 0;
 };
 
@@ -213,8 +222,8 @@ class Grid {
     void wait_for_warp(const char* file, int line) { wait(block().warps[threadIdx.x / kWarp], file, line); }
     void wait_for_grid(const char* file, int line) {
         if (!shape_.cooperative)
-            throw std::runtime_error(std::string("a barrier of the grid at ") + file + ":" +
-                                     std::to_string(line) + " in a launch that is not cooperative");
+            throw std::runtime_error("a barrier of the grid at " + place(file, line) +
+                                     " in a launch that is not cooperative");
         wait(whole_, file, line);
     }
 
@@ -253,8 +262,8 @@ class Grid {
         for (blockIdx.x = first_; blockIdx.x < first_ + alive_; ++blockIdx.x) {
             for (threadIdx.x = 0; threadIdx.x < shape_.threads; ++threadIdx.x)
                 if (!running().done)
-                    throw std::runtime_error(here() + " waits for ever at " + running().file + ":" +
-                                             std::to_string(running().line) +
+                    throw std::runtime_error(here() + " waits for ever at " +
+                                             place(running().file, running().line) +
                                              ": not all threads arrive there");
             try {
                 block().shared.check();
@@ -339,10 +348,16 @@ void exchange(void* value, std::size_t bytes, int from, const char* file, int li
     const unsigned thread = threadIdx.x;
     Slots& own = Grid::active->fiber(thread).slots;
     const unsigned parity = own.exchanges++ % 2;
-    std::memcpy(own.value[parity], value, bytes);
+    std::memcpy(own.slot[parity].value, value, bytes);
+    own.slot[parity].file = file;
+    own.slot[parity].line = line;
     Grid::active->wait_for_warp(file, line);
     const unsigned other = thread / kWarp * kWarp + static_cast<unsigned>(from);
-    std::memcpy(value, Grid::active->fiber(other).slots.value[parity], bytes);
+    const Slots::Slot& theirs = Grid::active->fiber(other).slots.slot[parity];
+    if (theirs.line != line || std::strcmp(theirs.file, file) != 0)
+        throw std::runtime_error("a warp's exchange at " + place(file, line) + " meets thread " +
+                                 std::to_string(other) + "'s at " + place(theirs.file, theirs.line));
+    std::memcpy(value, theirs.value, bytes);
 }
 
 void* shared_array(const void* key, std::size_t bytes) {

@@ -34,7 +34,8 @@ void set_schedule(bool descending);
 void sync_threads(const char* file, int line);
 void sync_warp(const char* file, int line);
 void sync_grid(const char* file, int line);
-// Writes to `value` the one that lane `from` of the calling thread's warp brings.
+// Writes to `value` the one that lane `from` of the calling thread's warp brings. Throws where that lane
+// is at an exchange in another line.
 void exchange(void* value, std::size_t bytes, int from, const char* file, int line);
 // The running block's shared memory.
 void* shared_array(const void* key, std::size_t bytes);
