@@ -13,7 +13,7 @@ train: $(VENV)/.train
 # Two at a time: most tests keep one core busy, or wait for a process that they start. Threads that wait must
 # not spin, or each holds up the other's.
 test: $(VENV)/.test lint
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer: a package beside the built library.
 SANITIZED := build/sanitize
@@ -59,7 +59,7 @@ $(VENV)/.train: $(VENV)/.tools $(SOURCES)
 
 # torchvision and timm are clients of the tests; their own choice of torch is not wanted.
 $(VENV)/.test: $(VENV)/.train
-	$(BIN)/pip install --quiet pytest pytest-benchmark pytest-xdist "ruff==0.17.*" "clang-format==23.1.*" transformers pyyaml huggingface_hub safetensors playwright
+	$(BIN)/pip install --quiet pytest pytest-benchmark "pytest-xdist>=3.7" "ruff==0.17.*" "clang-format==23.1.*" transformers pyyaml huggingface_hub safetensors playwright
 	$(BIN)/pip install --quiet --no-deps torchvision timm
 	touch $@
 

@@ -75,7 +75,7 @@ std::vector<const Kernels*> available_kernels() {
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (avx2_kernels() && avx2) available.push_back(avx2_kernels());
 #if defined(FASTRES_EMULATE_AVX512)
-    const bool avx512 = true, avx512_bf16 = true;
+    const bool avx512 = avx2, avx512_bf16 = avx2;
 #else
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
