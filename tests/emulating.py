@@ -1,6 +1,8 @@
 """Instructions that a test gives a meaning of its own, by csrc/emu, as this processor may not have them."""
 
+import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,3 +28,17 @@ def run(*command, **options) -> str:
     if done.returncode:
         raise AssertionError(f"{Path(command[0]).name} exited with {done.returncode}:\n{done.stdout}")
     return done.stdout
+
+
+def planted(file: Path, old: str, new: str) -> str:
+    """The text of the file with a fault in it."""
+    text = file.read_text()
+    assert text.count(old) == 1, f"{file.name} has changed: plant another fault"
+    return text.replace(old, new)
+
+
+def assert_reports(told: str, run_faulty: Callable[[], object]) -> None:
+    """That the program with the fault in it fails, and prints what matches `told`."""
+    with pytest.raises(AssertionError, match="exited with") as failure:
+        run_faulty()
+    assert re.search(told, str(failure.value)), failure.value

@@ -7,6 +7,7 @@
 #include "cuda/launch.h"
 #include "cuda/ptx.cuh"
 #include "cuda/shared.cuh"
+#include "cuda/storage.cuh"
 #include "cuda/tensor_core.cuh"
 
 namespace {
@@ -70,11 +71,11 @@ int random_integer() {  // -4 ... 4
     random_state = random_state * 1664525 + 1013904223;
     return static_cast<int>((random_state >> 16) % 9) - 4;
 }
-__nv_bfloat16 stored(int value, __nv_bfloat16) {
-    return __float2bfloat16_rn(static_cast<float>(value));
-}
-__half stored(int value, __half) {
-    return __float2half_rn(static_cast<float>(value));
+template <class T>
+T stored(int value) {
+    T element;
+    narrow(static_cast<float>(value), element);
+    return element;
 }
 
 template <class T, bool turned>
@@ -83,8 +84,8 @@ bool agrees(const char* what) {
     float* sums = allocate<float>(kRows * kColumns);
     if (!a || !b || !sums) return false;
     std::vector<int> x(kRows * kDepth), y(kColumns * kDepth);
-    for (size_t i = 0; i < x.size(); ++i) a[i] = stored(x[i] = random_integer(), T{});
-    for (size_t i = 0; i < y.size(); ++i) b[i] = stored(y[i] = random_integer(), T{});
+    for (size_t i = 0; i < x.size(); ++i) a[i] = stored<T>(x[i] = random_integer());
+    for (size_t i = 0; i < y.size(); ++i) b[i] = stored<T>(y[i] = random_integer());
     launch("product", product<T, turned>, 1, nullptr, a, b, sums);
     wait_for_device();
     for (int row = 0; row < kRows; ++row) {

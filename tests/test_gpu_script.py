@@ -108,6 +108,7 @@ def test_a_failing_stage_is_told_and_does_not_stop_the_later_ones(tree):
     assert len(result["kernels"]) == 2 and "2 kernels, at most 255 registers, 1 with spills" in done.stdout
     log = path.with_suffix(".log").read_text()
     assert log.count("the doctor is ill") == 1 and "--mode infer --batch 256" in log
+    assert "--device cuda --dtype bf16" in log
 
 
 def test_without_a_gpu_it_is_a_dry_run(tree):

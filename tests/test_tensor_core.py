@@ -1,12 +1,11 @@
 """csrc/cuda/tensor_core.cuh: its products under the emulator, faults that must be told, and on a GPU."""
 
-import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from emulating import assert_reports, planted, run
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
@@ -15,16 +14,12 @@ SCHEDULER = [CSRC / "emu" / f"{name}.cpp" for name in ("block", "card", "shared_
 LAUNCH = CSRC / "cuda" / "launch.cu"
 
 
-def printed(program: Path) -> str:
-    return subprocess.run([program], capture_output=True, text=True, timeout=60).stdout
-
-
 @pytest.fixture(scope="module")
 def scheduler(tmp_path_factory):
     """The objects that no fault changes."""
     folder = tmp_path_factory.mktemp("scheduler")
     flags = ["-std=c++17", "-O1", "-w", "-x", "c++", f"-I{CSRC / 'emu'}", f"-I{CSRC}"]
-    subprocess.run(["g++", *flags, "-c", *SCHEDULER, LAUNCH], check=True, cwd=folder)
+    run("g++", *flags, "-c", *SCHEDULER, LAUNCH, cwd=folder)
     return sorted(folder.glob("*.o"))
 
 
@@ -33,10 +28,8 @@ def emulated(folder: Path, source: str, scheduler: list[Path]) -> str:
     changed, program = folder / "changed.cpp", folder / "program"
     changed.write_text(source)
     includes = [f"-I{CSRC / 'emu'}", f"-I{CSRC}"]
-    subprocess.run(
-        ["g++", "-std=c++17", "-O1", "-w", *includes, changed, *scheduler, "-o", program], check=True
-    )
-    return printed(program)
+    run("g++", "-std=c++17", "-O1", "-w", *includes, changed, *scheduler, "-o", program)
+    return run(program)
 
 
 def test_multiplies_as_plain_loops_do(tmp_path, scheduler):
@@ -70,16 +63,14 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_reported(name, tmp_path, scheduler):
     old, new, told = FAULTS[name]
-    source = SOURCE.read_text()
-    assert source.count(old) == 1, f"{SOURCE.name} has changed: plant another fault"
-    assert re.search(told, emulated(tmp_path, source.replace(old, new), scheduler))
+    source = planted(SOURCE, old, new)
+    assert_reports(told, lambda: emulated(tmp_path, source, scheduler))
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA compiler")
 def test_compiles_to_the_instructions(tmp_path):
     ptx = tmp_path / "kernels.ptx"
-    command = ["nvcc", "-std=c++17", "-arch=sm_80", f"-I{CSRC}", SOURCE, "-ptx", "-o", ptx]
-    subprocess.run(command, check=True)
+    run("nvcc", "-std=c++17", "-arch=sm_80", f"-I{CSRC}", SOURCE, "-ptx", "-o", ptx)
     for instruction in ("ldmatrix.sync.aligned.m8n8.x4.shared", "ldmatrix.sync.aligned.m8n8.x4.trans"):
         assert instruction in ptx.read_text()
     for dtype in ("bf16", "f16"):
@@ -93,6 +84,5 @@ def test_compiles_to_the_instructions(tmp_path):
 def test_on_the_device(tmp_path):
     major, minor = torch.cuda.get_device_capability()
     program, machine = tmp_path / "program", f"-arch=sm_{major}{minor}"
-    command = ["nvcc", "-std=c++17", machine, f"-I{CSRC}", SOURCE, LAUNCH, "-o", program]
-    subprocess.run(command, check=True)
-    assert printed(program) == "all sums agree\n"
+    run("nvcc", "-std=c++17", machine, f"-I{CSRC}", SOURCE, LAUNCH, "-o", program)
+    assert run(program) == "all sums agree\n"

@@ -2,8 +2,7 @@
 // float, which the hardware does in an order and with roundings of its own.
 #pragma once
 
-#include "cuda_bf16.h"
-#include "cuda_fp16.h"
+#include "cuda/storage.cuh"
 #include "cuda_runtime.h"
 
 namespace fastres::cuda {
@@ -33,15 +32,8 @@ void load_matrices(uint32_t (&matrices)[4], const void* shared_row, const char* 
     emu::sync_warp(file, line);  // the rows are read before anybody goes on
 }
 
-inline float widen_tensor_core_operand(uint16_t bits, __nv_bfloat16) {
-    return __bfloat162float({bits});
-}
-inline float widen_tensor_core_operand(uint16_t bits, __half) {
-    return __half2float({bits});
-}
-
 template <class T>
-void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T type,
+void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T,
                   const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     struct OfA {
         uint32_t word[4];
@@ -64,8 +56,8 @@ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[
             for (int k = 0; k < 16; ++k) {
                 const int holder = k % 8 / 2, shift = k % 2 * 16;
                 const uint32_t x = rows[holder].word[2 * (k / 8) + half], y = columns[holder].word[k / 8];
-                sum += widen_tensor_core_operand(static_cast<uint16_t>(x >> shift), type) *
-                       widen_tensor_core_operand(static_cast<uint16_t>(y >> shift), type);
+                sum += widen(T{static_cast<uint16_t>(x >> shift)}) *
+                       widen(T{static_cast<uint16_t>(y >> shift)});
             }
         }
     }
