@@ -31,18 +31,18 @@ py::dict build_info() {
 
 std::vector<std::string> kernels() {
     std::vector<std::string> names;
-    const auto add = [&](const fastres::cpu::Kernels* unit, const char* kernel) {
-        names.push_back(std::string("cpu/") + unit->isa + "/" + kernel);
+    const auto add = [&](const fastres::cpu::Kernels& unit, const char* kernel) {
+        names.push_back(std::string("cpu/") + unit.isa + "/" + kernel);
     };
-    for (const fastres::cpu::Kernels* unit : fastres::cpu::available_kernels()) {
+    for (const fastres::cpu::Kernels& unit : fastres::cpu::available_kernels()) {
         for (const char* kernel : {"bn_moments", "bn_apply", "bn_reduce", "bn_input_grad", "add_relu",
                                    "add_relu_grad", "max_pool", "max_pool_grad"})
             add(unit, kernel);
-        if (unit->convolution[static_cast<int>(fastres::Dtype::f32)])
+        if (unit.convolution[fastres::Dtype::f32])
             for (const char* kernel :
                  {"conv_multiply", "conv_load", "conv_store", "conv_pack_weight", "conv_transform"})
                 add(unit, kernel);
-        const fastres::cpu::ConvKernels* bf16 = unit->convolution[static_cast<int>(fastres::Dtype::bf16)];
+        const fastres::cpu::ConvKernels* bf16 = unit.convolution[fastres::Dtype::bf16];
         if (bf16 && bf16->load_steps) add(unit, "conv_load_steps");
     }
 #if defined(FASTRES_CUDA)

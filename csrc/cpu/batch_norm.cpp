@@ -62,7 +62,7 @@ void add_relu(const AddRelu& args, const ThreadPool& pool) {
     const bool stream = cpu::streams(args.output, args.numel * size_of(args.dtype), 64);
     pool.for_each(tasks, [&](int64_t task) {
         const Range range = part(args.numel, tasks, task, 64);
-        kernels().loops[static_cast<int>(args.dtype)].elementwise.add_relu(
+        kernels().loops[args.dtype]->elementwise.add_relu(
             {at(args.input, range.begin, args.dtype), at(args.other, range.begin, args.dtype),
              at(args.output, range.begin, args.dtype), range.size(), stream});
     });
@@ -73,7 +73,7 @@ void add_relu_backward(const AddReluBackward& args, const ThreadPool& pool) {
     const bool stream = cpu::streams(args.grad_input, args.numel * size_of(args.dtype), 64);
     pool.for_each(tasks, [&](int64_t task) {
         const Range range = part(args.numel, tasks, task, 64);
-        kernels().loops[static_cast<int>(args.dtype)].elementwise.add_relu_grad(
+        kernels().loops[args.dtype]->elementwise.add_relu_grad(
             {at(args.grad, range.begin, args.dtype), at(args.output, range.begin, args.dtype),
              at(args.grad_input, range.begin, args.dtype), range.size(), stream});
     });

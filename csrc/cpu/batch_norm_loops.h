@@ -211,10 +211,18 @@ void shifted_sums(const ShiftedSumsPiece& piece) {
         });
 }
 
+// loop(True or False): whether it stores past the caches.
+template <class T, class Order, class Piece, class Loop>
+FASTRES_ALWAYS void choose_stores(const Piece& piece, const Loop& loop) {
+    if constexpr (kStreams<T> && Order::lanes != Lanes::pixels_of_a_channel)
+        if (piece.stream) return loop(True{});
+    loop(False{});
+}
+
 // ---------------------------------------------------------------------------------------------------------
 // apply
 
-template <class T, class Order, bool with_relu, bool residual, bool stream>
+template <class T, class Order, bool residual, bool stream>
 FASTRES_ALWAYS void apply_loop(const ApplyPiece& piece) {
     using Real = RealOf<T>;
     const T* input = static_cast<const T*>(piece.input);
@@ -223,6 +231,7 @@ FASTRES_ALWAYS void apply_loop(const ApplyPiece& piece) {
     const Real* mean = static_cast<const Real*>(piece.mean);
     const Real* scale = static_cast<const Real*>(piece.scale);
     const Real* shift = static_cast<const Real*>(piece.shift);
+    const Real floor = piece.relu ? Real(0) : -static_cast<Real>(INFINITY);
     for (int64_t first = 0; first < sweeps<Order>(piece); ++first) {
         const int64_t start = first * piece.plane_stride;
         Order::template sweep<Real>(
@@ -239,7 +248,7 @@ FASTRES_ALWAYS void apply_loop(const ApplyPiece& piece) {
                                   coefficient<Order, Lane>(scale + first, c, i),
                                   coefficient<Order, Lane>(shift + first, c, i));
                     if constexpr (residual) z[i] += load_as<Lane>(addend + at);
-                    if constexpr (with_relu) z[i] = relu(z[i]);
+                    z[i] = not_below(floor, z[i]);
                 }
                 store_lanes<Order, stream>(output + start + offset, stride, z);
             });
@@ -249,18 +258,16 @@ FASTRES_ALWAYS void apply_loop(const ApplyPiece& piece) {
 
 template <class T, class Order>
 void apply(const ApplyPiece& piece) {
-    const auto with_stream = [&](auto relu, auto residual) {
-        return piece.stream ? apply_loop<T, Order, relu.value, residual.value, true>(piece)
-                            : apply_loop<T, Order, relu.value, residual.value, false>(piece);
-    };
-    if (piece.relu) return piece.residual ? with_stream(True{}, True{}) : with_stream(True{}, False{});
-    return piece.residual ? with_stream(False{}, True{}) : with_stream(False{}, False{});
+    choose_stores<T, Order>(piece, [&](auto stream) FASTRES_INLINE_BODY {
+        return piece.residual ? apply_loop<T, Order, true, stream.value>(piece)
+                              : apply_loop<T, Order, false, stream.value>(piece);
+    });
 }
 
 // ---------------------------------------------------------------------------------------------------------
 // reduce
 
-template <class T, class AnyOrder, Mask mask, bool store_grad_input>
+template <class T, class AnyOrder, Mask mask, bool sums_alone>
 FASTRES_ALWAYS void reduce_loop(const ReducePiece& piece) {
     using Real = RealOf<T>;
     const T* grad = static_cast<const T*>(piece.grad);
@@ -302,7 +309,7 @@ FASTRES_ALWAYS void reduce_loop(const ReducePiece& piece) {
                         }
                         if constexpr (mask == Mask::from_output)
                             store_lanes<Order, false>(masked_grad + start + offset, stride, g);
-                        if constexpr (store_grad_input)
+                        if (!sums_alone && grad_input)
                             store_lanes<Order, false>(grad_input + start + offset, stride, scaled);
                         dot.add_products(c, g, deviation);
                         sum_grad.add(c, g);
@@ -311,18 +318,22 @@ FASTRES_ALWAYS void reduce_loop(const ReducePiece& piece) {
 }
 
 // In one order where something is stored, in another where sums are all that is taken.
+template <class T, class StoreOrder, class SumOrder, Mask mask>
+FASTRES_ALWAYS void reduce_by(const ReducePiece& piece) {
+    if constexpr (StoreOrder::lanes != SumOrder::lanes && mask != Mask::from_output)
+        if (!piece.grad_input) return reduce_loop<T, SumOrder, mask, true>(piece);
+    reduce_loop<T, StoreOrder, mask, false>(piece);
+}
+
 template <class T, class StoreOrder, class SumOrder>
 void reduce(const ReducePiece& piece) {
     switch (piece.mask) {
         case Mask::none:
-            return piece.grad_input ? reduce_loop<T, StoreOrder, Mask::none, true>(piece)
-                                    : reduce_loop<T, SumOrder, Mask::none, false>(piece);
+            return reduce_by<T, StoreOrder, SumOrder, Mask::none>(piece);
         case Mask::from_output:
-            return piece.grad_input ? reduce_loop<T, StoreOrder, Mask::from_output, true>(piece)
-                                    : reduce_loop<T, StoreOrder, Mask::from_output, false>(piece);
+            return reduce_by<T, StoreOrder, SumOrder, Mask::from_output>(piece);
         case Mask::recomputed:
-            return piece.grad_input ? reduce_loop<T, StoreOrder, Mask::recomputed, true>(piece)
-                                    : reduce_loop<T, SumOrder, Mask::recomputed, false>(piece);
+            return reduce_by<T, StoreOrder, SumOrder, Mask::recomputed>(piece);
     }
 }
 
@@ -370,11 +381,10 @@ FASTRES_ALWAYS void input_grad_loop(const InputGradPiece& piece) {
 
 template <class T, class Order>
 void input_grad(const InputGradPiece& piece) {
-    if (piece.mask == Mask::recomputed)
-        return piece.stream ? input_grad_loop<T, Order, true, true>(piece)
-                            : input_grad_loop<T, Order, true, false>(piece);
-    return piece.stream ? input_grad_loop<T, Order, false, true>(piece)
-                        : input_grad_loop<T, Order, false, false>(piece);
+    choose_stores<T, Order>(piece, [&](auto stream) FASTRES_INLINE_BODY {
+        return piece.mask == Mask::recomputed ? input_grad_loop<T, Order, true, stream.value>(piece)
+                                              : input_grad_loop<T, Order, false, stream.value>(piece);
+    });
 }
 
 }  // namespace fastres::cpu::FASTRES_ISA

@@ -64,8 +64,8 @@ class Cut {
         return shape_.channels_last ? coefficients() : channels_in_share();
     }
 
-    const Kernels::Layout& loops() const {
-        const Kernels::Loops& loops = kernels().loops[static_cast<int>(shape_.dtype)];
+    const Loops::Layout& loops() const {
+        const Loops& loops = *kernels().loops[shape_.dtype];
         return shape_.channels_last ? loops.rows : loops.plane;
     }
 

@@ -45,57 +45,98 @@ bool has_amx() {
     return usable;
 }
 
-Kernels changed(const Kernels& from, const char* isa, const Bf16Kernels& by) {
-    constexpr int bf16 = static_cast<int>(Dtype::bf16);
-    Kernels kernels = from;
-    kernels.isa = isa;
-    if (by.loops) kernels.loops[bf16] = *by.loops;
-    kernels.convolution[bf16] = by.convolution;
-    return kernels;
+bool runs_avx2() {
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
+#else
+    return false;
+#endif
 }
 
-const Kernels* avx512_bf16_kernels() {
-    if (!avx512_kernels() || !avx512_bf16_changes()) return nullptr;
-    static const Kernels kernels = changed(*avx512_kernels(), "avx512_bf16", *avx512_bf16_changes());
-    return &kernels;
+bool runs_avx512() {
+#if defined(FASTRES_EMULATE_AVX512)
+    return runs_avx2();
+#elif defined(__x86_64__)
+    return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#else
+    return false;
+#endif
 }
 
-const Kernels* avx512_amx_kernels() {
-    if (!avx512_bf16_kernels() || !avx512_amx_changes()) return nullptr;
-    static const Kernels kernels = changed(*avx512_bf16_kernels(), "avx512_amx", *avx512_amx_changes());
-    return &kernels;
+bool runs_avx512_bf16() {
+#if defined(FASTRES_EMULATE_AVX512)
+    return runs_avx2();
+#elif defined(__x86_64__)
+    return runs_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
+bool runs_amx() {
+    return runs_avx512_bf16() && has_amx();
+}
+
+struct Unit {
+    const char* isa;
+    bool (*runs)();
+    const ByDtype<Loops>* loops;              // null: none of its own
+    const ByDtype<ConvKernels>* convolution;  // the same
+};
+
+// Those that CMakeLists.txt compiles; each set includes the ones before it.
+const Unit kUnits[] = {
+    {"scalar", [] { return true; }, &scalar::loops, nullptr},
+#if defined(FASTRES_UNIT_AVX2)
+    {"avx2", runs_avx2, &avx2::loops, &avx2::convolution},
+#endif
+#if defined(FASTRES_UNIT_AVX512)
+    {"avx512", runs_avx512, &avx512::loops, &avx512::convolution},
+#endif
+#if defined(FASTRES_UNIT_AVX512_BF16)
+    {"avx512_bf16", runs_avx512_bf16, &avx512_bf16::loops, &avx512_bf16::convolution},
+#endif
+#if defined(FASTRES_UNIT_AVX512_AMX)
+    {"avx512_amx", runs_amx, nullptr, &avx512_amx::convolution},
+#endif
+};
+
+template <class Table>
+void take(const ByDtype<Table>* own, ByDtype<Table>& tables) {
+    for (int dtype = 0; own && dtype < kDtypes; ++dtype)
+        if (own->tables[dtype]) tables.tables[dtype] = own->tables[dtype];
+}
+
+std::vector<Kernels> find_available() {
+    std::vector<Kernels> available;
+    Kernels kernels{};
+    for (const Unit& unit : kUnits) {
+        if (!unit.runs()) break;
+        kernels.isa = unit.isa;
+        take(unit.loops, kernels.loops);
+        take(unit.convolution, kernels.convolution);
+        available.push_back(kernels);
+    }
+    return available;
 }
 
 }  // namespace
 
-std::vector<const Kernels*> available_kernels() {
-    std::vector<const Kernels*> available{scalar_kernels()};
-#if defined(__x86_64__)
-    const bool avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (avx2_kernels() && avx2) available.push_back(avx2_kernels());
-#if defined(FASTRES_EMULATE_AVX512)
-    const bool avx512 = avx2, avx512_bf16 = avx2;
-#else
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-#endif
-    if (avx512_kernels() && avx512) available.push_back(avx512_kernels());
-    if (avx512_bf16_kernels() && avx512_bf16) available.push_back(avx512_bf16_kernels());
-    if (avx512_amx_kernels() && avx512_bf16 && has_amx()) available.push_back(avx512_amx_kernels());
-#endif
+const std::vector<Kernels>& available_kernels() {
+    static const std::vector<Kernels> available = find_available();
     return available;
 }
 
 namespace {
 
 const Kernels* find(const std::string& isa) {
-    for (const Kernels* candidate : available_kernels())
-        if (isa == candidate->isa) return candidate;
     std::string choices;
-    for (const Kernels* candidate : available_kernels())
-        choices += (choices.empty() ? "" : ", ") + std::string(candidate->isa);
+    for (const Kernels& candidate : available_kernels()) {
+        if (isa == candidate.isa) return &candidate;
+        choices += (choices.empty() ? "" : ", ") + std::string(candidate.isa);
+    }
     throw std::invalid_argument("FASTRES_CPU_ISA: '" + isa +
                                 "' cannot run on this machine, which has: " + choices);
 }
@@ -121,16 +162,13 @@ double seconds_of_products(const ConvKernels& unit) {
 
 // On some processors a product of bf16 pairs takes longer than the two products of floats that it replaces.
 bool pairs_pay(const Kernels& pairs, const Kernels& floats) {
-    constexpr int bf16 = static_cast<int>(Dtype::bf16);
-    return seconds_of_products(*pairs.convolution[bf16]) <
-           2 * seconds_of_products(*floats.convolution[bf16]);
+    return seconds_of_products(*pairs.convolution[Dtype::bf16]) <
+           2 * seconds_of_products(*floats.convolution[Dtype::bf16]);
 }
 
 const Kernels* fastest() {
-    const std::vector<const Kernels*> available = available_kernels();
-    const Kernels* last = available.back();
-    if (last == avx512_bf16_kernels() && !pairs_pay(*last, *avx512_kernels())) return avx512_kernels();
-    return last;
+    const Kernels* last = &available_kernels().back();
+    return last->isa == std::string("avx512_bf16") && !pairs_pay(last[0], last[-1]) ? last - 1 : last;
 }
 
 std::atomic<const Kernels*>& current() {
@@ -145,7 +183,7 @@ std::atomic<const Kernels*>& current() {
 
 std::vector<std::string> available_isas() {
     std::vector<std::string> names;
-    for (const Kernels* unit : available_kernels()) names.push_back(unit->isa);
+    for (const Kernels& unit : available_kernels()) names.push_back(unit.isa);
     return names;
 }
 
@@ -155,9 +193,10 @@ const Kernels& kernels() {
 
 const ConvKernels* convolution_kernels(Dtype dtype) {
     // PyTorch multiplies bf16 with AMX where that is to be had, also where our compiler had no word for it.
-    static const bool amx_elsewhere = !avx512_amx_kernels() && has_amx();
-    if (dtype == Dtype::bf16 && amx_elsewhere) return nullptr;
-    return kernels().convolution[static_cast<int>(dtype)];
+#if !defined(FASTRES_UNIT_AVX512_AMX)
+    if (dtype == Dtype::bf16 && has_amx()) return nullptr;
+#endif
+    return kernels().convolution[dtype];
 }
 
 int lanes_of(const ConvKernels& kernels) {

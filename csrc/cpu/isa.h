@@ -9,7 +9,7 @@
 namespace fastres::cpu {
 
 // The units that this build holds and this processor can run, slowest first; the scalar one always.
-std::vector<const Kernels*> available_kernels();
+const std::vector<Kernels>& available_kernels();
 
 // Their names.
 std::vector<std::string> available_isas();

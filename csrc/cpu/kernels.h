@@ -102,7 +102,7 @@ struct MaxPoolGradRow {  // grad_input = sum of the gradients of the windows who
     void* grad_input;
 };
 
-struct Kernels {
+struct Loops {
     struct Layout {
         void (*shifted_sums)(const ShiftedSumsPiece&);
         void (*apply)(const ApplyPiece&);
@@ -117,28 +117,37 @@ struct Kernels {
         void (*forward)(const MaxPoolRow&);
         void (*backward)(const MaxPoolGradRow&);
     };
-    struct Loops {
-        Layout rows, plane;
-        Elementwise elementwise;
-        MaxPool max_pool;
-    };
+    Layout rows, plane;
+    Elementwise elementwise;
+    MaxPool max_pool;
+};
+
+template <class Table>
+struct ByDtype {
+    const Table* tables[kDtypes];
+
+    constexpr const Table* operator[](Dtype dtype) const { return tables[static_cast<int>(dtype)]; }
+};
+
+// What runs with an instruction set: its own loops, or those of a set that it includes.
+struct Kernels {
     const char* isa;
-    Loops loops[kDtypes];
-    const ConvKernels* convolution[kDtypes];  // null: none
+    ByDtype<Loops> loops;
+    ByDtype<ConvKernels> convolution;  // null: none
 };
 
-// One a translation unit; null where the compiler could not build it for this processor family. Such a unit
-// is asked for its table on any processor: it must not run a line of code for that.
-const Kernels* scalar_kernels();
-const Kernels* avx2_kernels();
-const Kernels* avx512_kernels();
-
-// What a unit changes of the unit before it.
-struct Bf16Kernels {
-    const Kernels::Loops* loops;  // null: nothing
-    const ConvKernels* convolution;
-};
-const Bf16Kernels* avx512_bf16_changes();
-const Bf16Kernels* avx512_amx_changes();  // of avx512_bf16
+// What each set has of its own, null where one before it has the same. Constants: a set's code does not run
+// where the processor has not the set.
+#define FASTRES_DECLARE_UNIT(isa)                  \
+    namespace isa {                                \
+    extern const ByDtype<Loops> loops;             \
+    extern const ByDtype<ConvKernels> convolution; \
+    }
+FASTRES_DECLARE_UNIT(scalar)  // the baseline of the processor family: SSE2 on x86-64, NEON on Arm
+FASTRES_DECLARE_UNIT(avx2)
+FASTRES_DECLARE_UNIT(avx512)
+FASTRES_DECLARE_UNIT(avx512_bf16)
+FASTRES_DECLARE_UNIT(avx512_amx)
+#undef FASTRES_DECLARE_UNIT
 
 }  // namespace fastres::cpu

@@ -85,7 +85,7 @@ class GradRows {
             windows_[row_.count++] = {at(args_.grad, element, args_.norm.shape.dtype),
                                       args_.index + element, static_cast<int>(i * pool.kernel.w)};
         }
-        kernels().loops[static_cast<int>(args_.norm.shape.dtype)].max_pool.backward(row_);
+        kernels().loops[args_.norm.shape.dtype]->max_pool.backward(row_);
         return row_.grad_input;
     }
 

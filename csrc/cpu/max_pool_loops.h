@@ -3,6 +3,7 @@
 
 #include "core/max_pool.h"
 #include "cpu/kernels.h"
+#include "cpu/sweep.h"
 #include "cpu/vec.h"
 
 namespace fastres::cpu::FASTRES_ISA {

@@ -11,9 +11,7 @@ namespace fastres::cpu {
 class WindowRows {
   public:
     WindowRows(const MaxPool2d& pool, int64_t channels, Dtype dtype)
-        : pool_(pool),
-          window_(pool.kernel.h),
-          loop_(kernels().loops[static_cast<int>(dtype)].max_pool.forward) {
+        : pool_(pool), window_(pool.kernel.h), loop_(kernels().loops[dtype]->max_pool.forward) {
         row_.rows = window_.data();
         row_.kernel_h = pool.kernel.h;
         row_.kernel_w = pool.kernel.w;

@@ -110,8 +110,8 @@ FASTRES_ALWAYS float to_real(bf16 value) {
 FASTRES_ALWAYS float to_real(f16 value) {
     return _cvtsh_ss(value.bits);
 }
-#else
-FASTRES_ALWAYS float to_real(f16 value) {
+#else  // long, and not inlined: this is for correctness alone
+__attribute__((noinline)) static float to_real(f16 value) {
     const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
     const uint32_t magnitude = value.bits & 0x7fff;
     if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
@@ -136,7 +136,7 @@ FASTRES_ALWAYS void from_real(float value, f16& out) {
     out.bits = _cvtss_sh(value, 0);
 }
 #else
-FASTRES_ALWAYS void from_real(float value, f16& out) {
+__attribute__((noinline)) static void from_real(float value, f16& out) {
     const uint32_t bits = float_to_bits(value);
     const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
     const uint32_t magnitude = bits & 0x7fffffff;
@@ -217,6 +217,15 @@ FASTRES_ALWAYS U32 bf16_bits(Vec<float> v) {
     const I32 nan = v != v;
     return nan ? (U32{} + 0x7fc0) : round_to_bf16(v) >> 16;
 }
+
+// Whether the unit has stores past the caches of T.
+#if defined(__AVX2__)
+template <class T>
+inline constexpr bool kStreams = sizeof(T) <= sizeof(float);
+#else
+template <class T>
+inline constexpr bool kStreams = false;
+#endif
 
 template <bool stream>
 FASTRES_ALWAYS void store(float* p, Vec<float> v) {
@@ -304,20 +313,27 @@ FASTRES_ALWAYS void fence() {
 #endif
 }
 
+// The larger one; where v is NaN, v.
+template <class Lane, class Real>
+FASTRES_ALWAYS Lane not_below(Real floor, Lane v) {
+    const Lane least = Lane{} + floor;
+    return v < least ? least : v;
+}
+#if defined(__AVX512F__)
+FASTRES_ALWAYS Vec<float> not_below(float floor, Vec<float> v) {
+    return reinterpret_cast<Vec<float>>(_mm512_max_ps(_mm512_set1_ps(floor), reinterpret_cast<__m512>(v)));
+}
+#elif defined(__AVX2__)
+FASTRES_ALWAYS Vec<float> not_below(float floor, Vec<float> v) {
+    return reinterpret_cast<Vec<float>>(_mm256_max_ps(_mm256_set1_ps(floor), reinterpret_cast<__m256>(v)));
+}
+#endif
+
 // NaN and -0 pass, as in PyTorch.
 template <class Lane>
 FASTRES_ALWAYS Lane relu(Lane v) {
-    return v < Lane{} ? Lane{} : v;
+    return not_below(0.0f, v);
 }
-#if defined(__AVX512F__)
-FASTRES_ALWAYS Vec<float> relu(Vec<float> v) {
-    return reinterpret_cast<Vec<float>>(_mm512_max_ps(__m512{}, reinterpret_cast<__m512>(v)));
-}
-#elif defined(__AVX2__)
-FASTRES_ALWAYS Vec<float> relu(Vec<float> v) {
-    return reinterpret_cast<Vec<float>>(_mm256_max_ps(__m256{}, reinterpret_cast<__m256>(v)));
-}
-#endif
 
 // ReLU's gradient. "Not above" is written so that NaN counts as above: PyTorch lets its gradient through.
 template <class Lane, class Real>

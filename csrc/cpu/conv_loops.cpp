@@ -1,28 +1,29 @@
-// The inner loops of the convolutions for the instruction set that the unit is compiled with.
-#pragma once
-
+// The loops of convolutions. CMakeLists.txt compiles this file once for each instruction set, FASTRES_ISA,
+// but for the scalar one: with vectors so short, PyTorch's convolutions are the faster ones.
 #include "cpu/conv_group_loops.h"
 #include "cpu/conv_load.h"
 #include "cpu/conv_multiply.h"
 #include "cpu/conv_store.h"
 #include "cpu/conv_transform.h"
 #include "cpu/conv_weights.h"
+#include "cpu/kernels.h"
 #if defined(__AMX_BF16__)
 #include "cpu/conv_load_steps.h"
 #include "cpu/conv_multiply_amx.h"
 #endif
 
 namespace fastres::cpu::FASTRES_ISA {
+namespace {
 
 // The tile that fills the registers of the instruction set.
 #if defined(__AVX512F__)
-inline constexpr int kTileRows = 7, kTileVectors = 4;
+constexpr int kTileRows = 7, kTileVectors = 4;
 #else
-inline constexpr int kTileRows = 6, kTileVectors = 2;
+constexpr int kTileRows = 6, kTileVectors = 2;
 #endif
 
 template <class Words, class T>
-constexpr ConvKernels conv_kernels() {
+constexpr ConvKernels make_kernels() {
     constexpr int block = kTileVectors * kLanes<float>;
     ConvKernels kernels = {Words::pack,
                            block,
@@ -56,5 +57,17 @@ constexpr ConvKernels conv_kernels() {
 #endif
     return kernels;
 }
+
+template <class Words, class T>
+constexpr ConvKernels kKernels = make_kernels<Words, T>();
+
+}  // namespace
+
+#if defined(__AVX512BF16__)
+constexpr ByDtype<ConvKernels> convolution = {nullptr, &kKernels<PairWords, bf16>, nullptr, nullptr};
+#else
+constexpr ByDtype<ConvKernels> convolution = {&kKernels<FloatWords, float>, &kKernels<FloatWords, bf16>,
+                                              &kKernels<FloatWords, f16>, nullptr};
+#endif
 
 }  // namespace fastres::cpu::FASTRES_ISA
