@@ -162,6 +162,13 @@ class Fused(ForeignInit):
         create, (_, *arguments), *state = super().__reduce_ex__(max(protocol, 2))
         return (_restore, (stock_class(self), *arguments), *state)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        # What this returned, torch.jit.script would put in the place of the module in its parent.
+        raise RuntimeError(
+            "torch.jit.script cannot compile a fused module; torch.jit.script(fastres.unfuse(model)) "
+            "compiles the model as it was, with the weights that it has now"
+        )
+
 
 class _Restoring(ForeignInit):
     """The class of a fused module between its creation and its state, in copying and unpickling."""

@@ -1,7 +1,7 @@
 """Models that only infer."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastres.fuse import fuse
 from fastres.packing import keep_packed
@@ -34,9 +34,13 @@ def optimize_for_inference(model: nn.Module, *, inplace: bool = False) -> nn.Mod
         TypeError: if `model` is no torch.nn.Module.
     """
     model = fuse(model, inplace=inplace).eval().requires_grad_(False)
-    model.to(memory_format=torch.channels_last)
+    model._apply(_in_channels_last)  # Module.to() would refuse a model that has volumes as well
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             keep_packed(module.weight)
     run_in_sequences(model)
     return model
+
+
+def _in_channels_last(tensor: Tensor) -> Tensor:
+    return tensor.to(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor

@@ -244,7 +244,7 @@ def rewrite(traced: Trace, chains: list[Chain], inlined: frozenset[nn.Module]) -
 
     def need_untouched(path: str) -> None:
         cls = stock_class(traced.module.get_submodule(path))
-        name = "_class_" + path.replace(".", "_")
+        name = f"_class_{id(cls)}"  # a path may have characters that a name may not
         code = f"_untouched({module_code(path)}, {name})"
 
         def why(module: nn.Module) -> Reason:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
@@ -89,6 +90,9 @@ def record() -> Iterator[list[Record]]:
 
 _stock = False
 _STOCK: Reason = (None, "stock layers were asked for")
+# The trace may be read by somebody without fastres; and it is traced once more, without gradients, to see
+# whether that gives the same.
+_TRACING: Reason = (None, "torch.jit.trace is at work")
 
 
 @contextmanager
@@ -128,10 +132,17 @@ def watched() -> bool:
     return _listener is not None or _why_no_site() is not None
 
 
-def _why_no_site() -> Reason | None:
+def _why_stock() -> Reason | None:
     if _stock:
         return _STOCK
-    return (None, "a global module hook is set") if _has_any_global_hook() else None
+    return None if torch._C._get_tracing_state() is None else _TRACING
+
+
+def _why_no_site() -> Reason | None:
+    reason = _why_stock()
+    if reason is None and _has_any_global_hook():
+        return None, "a global module hook is set"
+    return reason
 
 
 def _why_not(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Reason | None:
@@ -200,12 +211,12 @@ def conv_bn_act(
     if pool is not None and windows is None:
         return max_pool(pool, conv_bn_act(conv, bn, act, input, residual, relu=relu))
     reason = (
-        _why_not(conv, _CONV)
+        _why_no_site()
+        or _why_not(conv, _CONV)
         or _why_not(bn, _BN_AFTER_CONV)
         or (None if act is None else _why_not(act, _ACT))
         or _why_not_input(conv, input, (4,))
         or _why_not_channels(conv, input)
-        or _why_no_site()
     )
     if _listener is not None:
         _tell("conv_bn", (conv, bn, act, pool), residual, relu, reason, pool)
@@ -248,10 +259,10 @@ def bn_act(
         Tensor of input's shape.
     """
     reason = (
-        _why_not(bn, _BN)
+        _why_no_site()
+        or _why_not(bn, _BN)
         or (None if act is None else _why_not(act, _ACT))
         or _why_not_input(bn, input, _INPUT_DIMS[type(bn)])
-        or _why_no_site()
     )
     if _listener is not None:
         _tell("bn", (bn, act), residual, relu, reason)
@@ -263,7 +274,7 @@ def bn_act(
 def own_bn_act(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None = None) -> Tensor:
     """relu(bn(input) [+ residual]) of a batch norm that is itself the site: its caller minds its hooks."""
     bn._check_input_dim(input)
-    reason = _STOCK if _stock else None
+    reason = _why_stock()
     if _listener is not None:
         _tell("bn", (bn,), residual, True, reason)
     if reason is not None:
@@ -281,7 +292,7 @@ def add_act(act: nn.Module | None, input: Tensor, other: Tensor) -> Tensor:
     Returns:
         Tensor of that shape.
     """
-    reason = (None if act is None else _why_not(act, _ACT)) or _why_no_site()
+    reason = _why_no_site() or (None if act is None else _why_not(act, _ACT))
     if reason is None and not (isinstance(input, Tensor) and isinstance(other, Tensor)):
         reason = act, "an addend is not a Tensor"
     if _listener is not None:
@@ -298,7 +309,7 @@ def max_pool(pool: nn.Module, input: Tensor) -> Tensor:
         pool: any module; an nn.MaxPool2d keeps its input for no more than its shape.
         input: what it takes.
     """
-    if _stock or not isinstance(input, Tensor):
+    if _why_stock() is not None or not isinstance(input, Tensor):
         return pool(input)
     return call_without_keeping(pool, input)
 

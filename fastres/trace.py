@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import inspect
+import keyword
 import operator
 import threading
 from dataclasses import dataclass
@@ -110,6 +111,9 @@ def trace(module: nn.Module, *, training: bool, inline: frozenset[nn.Module] = f
                 object.__setattr__(child, "__class__", child_cls)
     if watch.error:
         raise watch.error
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr") and any(map(keyword.iskeyword, node.target.split("."))):
+            raise Untraceable(f"in {node.target!r} is a word of Python, which generated code cannot name")
     return Trace(module, training, graph, tracer.defaults, watch.guards)
 
 

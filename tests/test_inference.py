@@ -120,6 +120,19 @@ def test_what_it_does_to_a_model():
         fastres.optimize_for_inference(stock.state_dict())
 
 
+def test_a_model_of_images_and_volumes():
+    """Whose weights of five dimensions have no channels_last memory."""
+    flat = nn.Sequential(nn.Conv2d(64, 64, 3), nn.BatchNorm2d(64), nn.ReLU())
+    deep = nn.Sequential(nn.Unflatten(0, (1, -1)), nn.Conv3d(2, 64, 3), nn.BatchNorm3d(64), nn.ReLU())
+    stock = nn.Sequential(flat, deep).eval()
+    model = fastres.optimize_for_inference(stock)
+    assert model[0][0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert model[1][1].weight.is_contiguous()
+    input = torch.randn(2, 64, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input), stock(input), rtol=1e-4, atol=1e-5)
+
+
 def test_training_goes_on_as_without():
     stock, input = stock_model(), images(2, 64)
     model = fastres.optimize_for_inference(stock)
