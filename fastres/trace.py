@@ -8,10 +8,13 @@ is not made.
 from __future__ import annotations
 
 import builtins
+import gc
 import inspect
 import keyword
 import operator
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -93,7 +96,7 @@ def trace(module: nn.Module, *, training: bool, inline: frozenset[nn.Module] = f
     forward = check_class(module)
     watch = Watch(module, training)
     recorded = {}
-    with _lock:
+    with _lock, _no_garbage_collection():
         try:
             for child in module.modules():
                 child_cls = stock_class(child)
@@ -115,6 +118,18 @@ def trace(module: nn.Module, *, training: bool, inline: frozenset[nn.Module] = f
         if node.op in ("call_module", "get_attr") and any(map(keyword.iskeyword, node.target.split("."))):
             raise Untraceable(f"in {node.target!r} is a word of Python, which generated code cannot name")
     return Trace(module, training, graph, tracer.defaults, watch.guards)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Finalizers of anybody's objects would run in the middle of forward, and be taken for a part of it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def check_class(module: nn.Module) -> FunctionType:

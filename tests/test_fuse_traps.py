@@ -1,6 +1,7 @@
 """fuse() on forwards that a careless trace would get wrong: the same numbers, fused or not."""
 
 import copy
+import gc
 import inspect
 import random
 
@@ -9,7 +10,7 @@ import torch
 from fusing import DTYPE, close, images, ran, same
 from torch import nn
 from torch.nn import functional as F
-from user_blocks import Chosen, Layers, Training
+from user_blocks import Chosen, Layers, OneLine, Training
 
 from fastres.fuse import fuse, is_fused
 
@@ -312,6 +313,25 @@ def test_an_attribute_that_forward_reads_changes_after_fuse(change):
     for model in (stock, fused):
         setattr(model, change, {"use_shortcut": False, "activation": torch.tanh}[change])
     same(stock, fused, images(4))
+
+
+def test_what_the_garbage_collector_calls_is_no_part_of_forward():
+    """Anybody's finalizers, or this callback, which keeps a state as forward must not."""
+    seen = []
+
+    def collected(phase, info):
+        seen.append(phase)
+        collected.last = phase
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(collected)
+    try:
+        gc.set_threshold(1)
+        fused = fuse(OneLine())
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(collected)
+    assert seen and is_fused(fused) and gc.isenabled()
 
 
 class Strided(Layers):
