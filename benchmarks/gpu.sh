@@ -4,8 +4,8 @@
 #   benchmarks/gpu.sh [--quick] [--tune | --models] [--dry-run]
 #
 #   --quick    without torch.compile and with fewer shapes: at most 4 minutes, else at most 9 (on 16 cores)
-#   --tune     in place of all but the build: batch norm in one launch against two, by size of tensor, into
-#              <card>-<date>-tune.json; at most 9 minutes
+#   --tune     in place of all but the build: batch norm in launches that overlap, and in one, by size of tensor,
+#              into <card>-<date>-tune.json; at most 9 minutes
 #   --models   in place of all but the build: other models, batches and stock variants than in the whole run,
 #              into <card>-<date>-models.json; at most 9 minutes
 #   --dry-run  what a machine without a GPU can do, and what such a machine does anyway: compile for sm_90a,

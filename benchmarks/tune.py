@@ -1,10 +1,11 @@
-"""Batch norm in training, in two launches and in one that keeps its tensors on the chip, by size of tensor.
+"""Batch norm in training, by size of tensor: launches that overlap, and one with its tensors on the chip.
 
     python benchmarks/tune.py [--device cuda] [--batches 8 32 128] [--dtypes bf16 fp32] [--json FILE]
 
-A call's median seconds for each choice of fastres._C.use_on_chip: 0 (two launches), and 1 or 2 blocks
-a multiprocessor. A tensor that does not fit on the chip takes two launches whatever was chosen: its columns
-are equal but for noise. Each call begins with a cold L2 cache.
+A call's median seconds for each choice: launches one after the other, those that may overlap the ones ahead
+(fastres._C.overlap_launches), and one launch of 1 or 2 blocks a multiprocessor (fastres._C.use_on_chip).
+A tensor that does not fit on the chip takes several launches whatever was chosen: its columns are equal but
+for noise. Each call begins with a cold L2 cache.
 """
 
 import argparse
@@ -20,15 +21,17 @@ from cases import LARGE, OTHERS, cases, input_of
 from fastres import _C
 from fastres.timing import Machine
 
-BLOCKS = (0, 1, 2)
+# Name -> blocks a multiprocessor, and whether launches overlap.
+CHOICES = {"apart": (0, False), "overlapping": (0, True), "1 block": (1, False), "2 blocks": (2, False)}
 
 
-def chosen(blocks: int, run):
+def chosen(blocks: int, overlap: bool, run):
     """`run` with that choice; the choice is nothing to a library without CUDA."""
-    choose = getattr(_C, "use_on_chip", lambda blocks: None)
 
     def call():
-        choose(blocks)
+        if hasattr(_C, "use_on_chip"):
+            _C.use_on_chip(blocks)
+            _C.overlap_launches(overlap)
         run()
 
     return call
@@ -38,9 +41,9 @@ def measure(batch: int, size, dtype: str, device: torch.device, seconds: float) 
     input = input_of(batch, size, DTYPES[dtype], True, device)
     measured = [case for case in cases(input) if case.op != "add_relu"]
     sides = {
-        (case.op, case.direction, blocks): chosen(blocks, case.fused)
+        (case.op, case.direction, name): chosen(*choice, case.fused)
         for case in measured
-        for blocks in BLOCKS
+        for name, choice in CHOICES.items()
     }
     times = interleave(sides, seconds, device)
     return [
@@ -50,9 +53,7 @@ def measure(batch: int, size, dtype: str, device: torch.device, seconds: float) 
             "dtype": dtype,
             "shape": [batch, *size],
             "bytes": input.numel() * input.element_size(),
-            "seconds": {
-                blocks: statistics.median(times[case.op, case.direction, blocks]) for blocks in BLOCKS
-            },
+            "seconds": {name: statistics.median(times[case.op, case.direction, name]) for name in CHOICES},
         }
         for case in measured
     ]
@@ -73,17 +74,19 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device(args.device)
     launches = []
-    print(f"{'op':12}{'':9}{'dtype':6}{'shape':16}{'MB':>7}{'two, us':>10}{'1 block':>9}{'2 blocks':>9}")
+    apart, *others = CHOICES
+    titles = "".join(f"{name:>13}" for name in others)
+    print(f"{'op':12}{'':9}{'dtype':6}{'shape':16}{'MB':>7}{apart + ', us':>11}{titles}")
     for size in sorted(LARGE + OTHERS, key=lambda size: size[0] * size[1] * size[2]):
         for batch in args.batches:
             for dtype in args.dtypes:
                 for row in measure(batch, size, dtype, device, args.seconds):
-                    two, *ours = row["seconds"].values()
-                    ratios = "".join(f"{two / one:8.2f}x" for one in ours)
+                    seconds = row["seconds"]
+                    ratios = "".join(f"{seconds[apart] / seconds[name]:12.2f}x" for name in others)
                     shape = "x".join(map(str, row["shape"]))
                     print(
                         f"{row['op']:12}{row['direction']:9}{dtype:6}{shape:16}"
-                        f"{row['bytes'] / 1e6:7.1f}{two * 1e6:10.1f}{ratios}",
+                        f"{row['bytes'] / 1e6:7.1f}{seconds[apart] * 1e6:11.1f}{ratios}",
                         flush=True,
                     )
                     launches.append(row)

@@ -57,18 +57,24 @@ def transformers(torchvision):  # which it imports where it is installed
 
 
 @pytest.fixture(
-    params=["cpu", *(pytest.param(name, marks=pytest.mark.cuda) for name in ("cuda", "cuda_on_chip"))]
+    params=[
+        "cpu",
+        *(pytest.param(name, marks=pytest.mark.cuda) for name in ("cuda", "cuda_other_launches")),
+    ]
 )
 def device(request):
-    """Where a test's tensors are; on CUDA also with batch norms that read theirs once."""
+    """Where a test's tensors are; on CUDA also with batch norms that read theirs once, and overlap else."""
     if request.param == "cpu":
         yield "cpu"
         return
     if not (torch.cuda.is_available() and _C.build_info()["cuda"]):
         pytest.skip("no CUDA device, or fastres was built without CUDA")
-    _C.use_on_chip(int(request.param == "cuda_on_chip"))
+    others = request.param == "cuda_other_launches"
+    _C.use_on_chip(int(others))
+    _C.overlap_launches(others)
     yield "cuda"
     _C.use_on_chip(0)
+    _C.overlap_launches(False)
 
 
 @pytest.fixture(autouse=True)

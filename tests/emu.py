@@ -115,6 +115,7 @@ def library() -> ctypes.CDLL:
     }.items():
         function = getattr(lib, f"fastres_emu_{name}")
         function.restype, function.argtypes = c_char_p, args
+    lib.fastres_emu_overlap_launches(1)  # so that a kernel that does not wait is found
     return lib
 
 
@@ -135,6 +136,16 @@ def on_chip(blocks: int):
         yield
     finally:
         use_on_chip(0)
+
+
+def overlap_launches(overlap: bool) -> None:
+    """Choose whether launches may begin before those ahead have ended, as from the first they may here."""
+    library().fastres_emu_overlap_launches(int(overlap))
+
+
+def overlapping_launches() -> int:
+    """How many launches there were that could overlap."""
+    return library().fastres_emu_overlapping_launches()
 
 
 def hold_blocks(blocks: int) -> None:

@@ -315,6 +315,19 @@ def test_one_launch_where_all_fits_on_the_chip(shape, layout, launches):
     assert emu.cooperative_launches() - before == launches
 
 
+def test_launches_overlap_where_that_is_asked_for():
+    case = Case((2, 64, 8, 8), torch.float32, torch.channels_last, residual=True)
+    before = emu.overlapping_launches()
+    case.ours()
+    assert emu.overlapping_launches() - before == 6  # three forward, three backward
+    emu.overlap_launches(False)
+    try:
+        case.ours()
+    finally:
+        emu.overlap_launches(True)
+    assert emu.overlapping_launches() - before == 6
+
+
 @pytest.mark.parametrize("blocks", [0, 1])
 def test_a_card_that_holds_fewer_blocks_launches_twice(blocks):
     case = Case((2, 64, 8, 8), torch.float32, torch.channels_last, residual=True)

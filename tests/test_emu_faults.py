@@ -125,6 +125,7 @@ NOT_ALL_ARRIVE = replaced(
 )
 NOT_ALL_BLOCKS_ARRIVE = replaced(FORWARD, GRID_BARRIER, f"if (blockIdx.x > 0) {GRID_BARRIER}")
 PLAIN_LAUNCH = replaced("launch.h", "cooperative.val.cooperative = 1", "cooperative.val.cooperative = 0")
+OUT_OF_ORDER = replaced(TWO_LAUNCHES, "begin_in_stream_order();", "")
 TOO_FEW_BYTES = replaced("on_chip.cu", "kThreads * kVectorBytes;", "kThreads * kVectorBytes / 2;")
 
 CASES = [
@@ -181,6 +182,13 @@ CASES = [
         "",
         NOT_ALL_ARRIVE,
         (r"batch_norm_apply .* block 0, thread \d+ waits for ever at .*tile_coefficients.cuh:\d+",),
+    ),
+    Case(
+        "a_kernel_that_does_not_wait_for_those_ahead",
+        TWO_LAUNCHES,
+        "",
+        OUT_OF_ORDER,
+        (r"batch_norm_moments .* block 0, thread \d+: did not wait for the launches ahead of it",),
     ),
     Case(
         "a_vector_that_is_not_aligned",

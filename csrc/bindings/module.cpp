@@ -13,6 +13,7 @@
 #if defined(FASTRES_CUDA)
 #include "cuda/batch_norm.h"
 #include "cuda/kernel_list.h"
+#include "cuda/stream.h"
 #endif
 
 namespace py = pybind11;
@@ -106,6 +107,9 @@ PYBIND11_MODULE(_C, module) {
     module.def("use_on_chip", &fastres::cuda::use_on_chip, py::arg("blocks_a_multiprocessor"),
                "Train batch norms whose tensors fit into a GPU's shared memory in one launch, of 1 block a "
                "multiprocessor or of 2; or, 0 and as at first, none of them.");
+    module.def("overlap_launches", &fastres::cuda::overlap_launches, py::arg("overlap"),
+               "Let a CUDA kernel's blocks take their places while the last ones of the kernel ahead of it "
+               "end; at first not. Of no effect before compute capability 9.0.");
 #endif
     module.def(
         "keep_memory", &fastres::bindings::keep_memory, py::arg("keep"),

@@ -55,6 +55,7 @@ __device__ __forceinline__ void combine(int64_t numel, const T* left, const T* r
 
 template <class T, int width>
 __global__ void __launch_bounds__(kThreads) add_relu_kernel(AddRelu args) {
+    begin_in_stream_order();
     combine<T, width>(args.numel, static_cast<const T*>(args.input), static_cast<const T*>(args.other),
                       static_cast<T*>(args.output), [](float a, float b) {
                           const float sum = a + b;
@@ -64,6 +65,7 @@ __global__ void __launch_bounds__(kThreads) add_relu_kernel(AddRelu args) {
 
 template <class T, int width>
 __global__ void __launch_bounds__(kThreads) add_relu_backward_kernel(AddReluBackward args) {
+    begin_in_stream_order();
     combine<T, width>(args.numel, static_cast<const T*>(args.grad), static_cast<const T*>(args.output),
                       static_cast<T*>(args.grad_input),
                       [](float grad, float output) { return output <= 0.0f ? 0.0f : grad; });

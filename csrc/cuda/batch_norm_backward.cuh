@@ -45,6 +45,7 @@ struct Coefficients {
 template <class T, int width, bool channels_last, bool mask_from_output, class Source>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     reduce(Sweep sweep, BnBackward args, Source grad, double* partials) {
+    begin_in_stream_order();
     constexpr int channels = kThreadChannels<width, channels_last>;
     constexpr int unroll = mask_from_output ? Source::unroll - 1 : Source::unroll;
     const T* input = static_cast<const T*>(args.input);
@@ -88,6 +89,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
 
 static __global__ void __launch_bounds__(kThreads)
     parameter_grad(BnBackward args, const double* partials, int64_t slices, Coefficients coefficients) {
+    begin_in_stream_order();
     const int64_t first = int64_t{blockIdx.x} * kFinalChannels;
     const TwoSums sums = total_sums<kFinalChannels>(partials, slices, args.shape.channels, first);
     const int64_t channel = first + threadIdx.x;
@@ -100,6 +102,7 @@ static __global__ void __launch_bounds__(kThreads)
 template <class T, int width, bool channels_last, class Source>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     input_grad(Sweep sweep, BnBackward args, Source grad, bool masked_already, Coefficients coefficients) {
+    begin_in_stream_order();
     constexpr int channels = kThreadChannels<width, channels_last>;
     constexpr int unroll = Source::unroll;
     const T* input = static_cast<const T*>(args.input);

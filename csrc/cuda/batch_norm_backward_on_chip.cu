@@ -23,6 +23,7 @@ static_assert(kUnroll >= kLeastUnroll);
 template <class T, int width, bool channels_last, bool mask_from_output>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     backward_on_chip(Sweep sweep, BnBackward args, double* partials) {
+    begin_in_stream_order();
     constexpr int channels = kThreadChannels<width, channels_last>;
     constexpr int lanes = kOnChipLanes<width, channels_last>;
     constexpr int of_grad = 0, of_input = 1;

@@ -23,6 +23,7 @@ static_assert(kMomentsUnroll >= kLeastUnroll);
 template <class T, int width, bool channels_last>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     moments(Sweep sweep, BnForward args, double* partials) {
+    begin_in_stream_order();
     constexpr int channels = kThreadChannels<width, channels_last>;
     const T* input = static_cast<const T*>(args.input);
     for (int64_t unit = blockIdx.x; unit < sweep.units(); unit += gridDim.x) {
@@ -44,6 +45,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
 
 __global__ void __launch_bounds__(kThreads)
     statistics(BnForward args, const double* partials, int64_t slices) {
+    begin_in_stream_order();
     const int64_t first = int64_t{blockIdx.x} * kFinalChannels;
     const TwoSums sums = total_sums<kFinalChannels>(partials, slices, args.shape.channels, first);
     const int64_t channel = first + threadIdx.x;
@@ -53,6 +55,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T, int width, bool channels_last, bool add_residual>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks) apply(Sweep sweep, BnForward args) {
+    begin_in_stream_order();
     constexpr int channels = kThreadChannels<width, channels_last>;
     const T* input = static_cast<const T*>(args.input);
     const T* residual = static_cast<const T*>(args.residual);

@@ -23,6 +23,7 @@ static_assert(kUnroll >= kLeastUnroll);
 template <class T, int width, bool channels_last, bool add_residual>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     forward_on_chip(Sweep sweep, BnForward args, double* partials) {
+    begin_in_stream_order();
     constexpr int channels = kThreadChannels<width, channels_last>;
     constexpr int lanes = kOnChipLanes<width, channels_last>;
     const T* input = static_cast<const T*>(args.input);

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -47,7 +48,20 @@ int64_t remembered(const void* kernel, const Find& find) {
     return entry->second;
 }
 
+std::atomic<bool> overlapping{false};
+
 }  // namespace
+
+void overlap_launches(bool overlap) {
+    overlapping = overlap;
+}
+
+bool launches_overlap() {
+    static const char key = 0;
+    return overlapping && remembered(&key, [](int device) {
+                              return int64_t{attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9};
+                          }) != 0;
+}
 
 int64_t resident_blocks(const void* kernel) {
     return remembered(kernel, [&](int device) {

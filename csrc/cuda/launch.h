@@ -34,6 +34,9 @@ Room room_of(const void* kernel, int a_multiprocessor);
 // Throws std::runtime_error that names the kernel and its launch shape.
 void check_launch(cudaError_t status, const char* name, int64_t blocks, int64_t dynamic_bytes = 0);
 
+// Whether overlap_launches() was asked for and the current device can.
+bool launches_overlap();
+
 inline cudaLaunchConfig_t launch_config(int64_t blocks, Stream stream) {
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(blocks));
@@ -45,7 +48,12 @@ inline cudaLaunchConfig_t launch_config(int64_t blocks, Stream stream) {
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, Stream stream,
             const Arguments&... arguments) {
-    const cudaLaunchConfig_t config = launch_config(blocks, stream);
+    cudaLaunchConfig_t config = launch_config(blocks, stream);
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &overlap;
+    config.numAttrs = launches_overlap() ? 1 : 0;
     check_launch(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name, blocks);
 }
 

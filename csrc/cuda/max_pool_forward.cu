@@ -19,6 +19,7 @@ namespace {
 template <class T, int width, int side>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     apply_max_pool(Sweep sweep, BnMaxPoolForward args) {
+    begin_in_stream_order();
     const MaxPool2d& pool = args.pool;
     const T* input = static_cast<const T*>(args.norm.input);
     T* output = static_cast<T*>(args.output);

@@ -7,6 +7,16 @@
 
 namespace fastres::cuda {
 
+// The first statement of every kernel. A launch may be let begin before the one ahead of it on the stream
+// has ended (overlap_launches() in stream.h): from here on the one behind may begin, and beyond this all
+// ahead have ended, and what they wrote is there.
+__device__ __forceinline__ void begin_in_stream_order() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // One store to memory, at a multiple of 16. An assignment is not always one: in the contiguous layout the
 // compiler cut most of them into four of 4 bytes.
 __device__ __forceinline__ void store_16_bytes(void* global, uint4 value) {

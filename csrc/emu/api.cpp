@@ -52,6 +52,9 @@ const char* fastres_emu_add_relu_backward(const fastres::AddReluBackward* args) 
 const char* fastres_emu_use_on_chip(int blocks_a_multiprocessor) {
     return guarded([&] { fastres::cuda::use_on_chip(blocks_a_multiprocessor); });
 }
+void fastres_emu_overlap_launches(int overlap) {
+    fastres::cuda::overlap_launches(overlap != 0);
+}
 void fastres_emu_set_schedule(int descending) {
     fastres::emu::set_schedule(descending != 0);
 }

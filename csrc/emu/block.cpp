@@ -104,6 +104,7 @@ struct Fiber {
     Context context;
     std::unique_ptr<char[]> stack{new char[kStackBytes]};
     bool done = true;
+    bool in_stream_order = false;
     const Barrier* waits_for = nullptr;
     unsigned phase = 0;
     const char* file = "";
@@ -295,7 +296,10 @@ class Grid {
         for (;;) {
             order_after(&grid);
             try {
+                fiber.in_stream_order = !grid.shape_.may_overlap;
                 grid.body_();
+                if (!fiber.in_stream_order)
+                    throw std::runtime_error("did not wait for the launches ahead of it");
             } catch (const std::exception& error) {
                 grid.error_ = std::make_exception_ptr(std::runtime_error(here() + ": " + error.what()));
             }
@@ -342,6 +346,10 @@ void sync_warp(const char* file, int line) {
 
 void sync_grid(const char* file, int line) {
     Grid::active->wait_for_grid(file, line);
+}
+
+void wait_for_launches_ahead() {
+    Grid::active->running().in_stream_order = true;
 }
 
 void exchange(void* value, std::size_t bytes, int from, const char* file, int line) {

@@ -21,6 +21,7 @@ struct Shape {
     unsigned blocks, threads;
     std::size_t dynamic_bytes;  // of shared memory a block
     bool cooperative;
+    bool may_overlap;  // launches ahead
 };
 
 // Runs body once for each thread of each block. Throws what a thread threw, and std::runtime_error where
@@ -37,6 +38,9 @@ void sync_grid(const char* file, int line);
 // Writes to `value` the one that lane `from` of the calling thread's warp brings. Throws where that lane
 // is at an exchange in another line.
 void exchange(void* value, std::size_t bytes, int from, const char* file, int line);
+// Of a launch that may overlap those ahead, each thread has to call this; such a launch runs when they have
+// ended all the same.
+void wait_for_launches_ahead();
 // The running block's shared memory.
 void* shared_array(const void* key, std::size_t bytes);
 void* dynamic_shared();

@@ -15,7 +15,7 @@ constexpr std::size_t kStaticBytes = 16 << 10;  // what each kernel is taken to 
 
 std::string message = "no error";
 std::map<const void*, int> most_dynamic_bytes;
-int cooperative_launches = 0;
+int cooperative_launches = 0, overlapping_launches = 0;
 int held_blocks = fastres::emu::kMultiprocessors * fastres::emu::kBlocksPerMultiprocessor;
 
 cudaError_t failed(cudaError_t status, const std::string& why) {
@@ -29,10 +29,15 @@ namespace fastres::emu {
 
 cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config,
                    const std::function<void()>& body) {
-    Shape shape{config.gridDim.x, config.blockDim.x, config.dynamicSmemBytes, false};
-    for (unsigned i = 0; i < config.numAttrs; ++i)
-        if (config.attrs[i].id == cudaLaunchAttributeCooperative)
-            shape.cooperative = config.attrs[i].val.cooperative != 0;
+    Shape shape{config.gridDim.x, config.blockDim.x, config.dynamicSmemBytes, false, false};
+    for (unsigned i = 0; i < config.numAttrs; ++i) {
+        const cudaLaunchAttribute& attribute = config.attrs[i];
+        if (attribute.id == cudaLaunchAttributeCooperative)
+            shape.cooperative = attribute.val.cooperative != 0;
+        if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization)
+            shape.may_overlap = attribute.val.programmaticStreamSerializationAllowed != 0;
+    }
+    overlapping_launches += shape.may_overlap;
     const auto asked = most_dynamic_bytes.find(kernel);
     const int most = asked == most_dynamic_bytes.end() ? kUnaskedDynamicBytes : asked->second;
     if (shape.dynamic_bytes > static_cast<std::size_t>(most))
@@ -61,6 +66,9 @@ const char* cudaGetErrorString(cudaError_t) {
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
     switch (which) {
+        case cudaDevAttrComputeCapabilityMajor:
+            *value = 9;
+            break;
         case cudaDevAttrMaxThreadsPerMultiProcessor:
             *value = 1024;
             break;
@@ -97,6 +105,9 @@ extern "C" {
 
 int fastres_emu_cooperative_launches() {
     return cooperative_launches;
+}
+int fastres_emu_overlapping_launches() {
+    return overlapping_launches;
 }
 // As where others use a part of the card.
 void fastres_emu_hold_blocks(int blocks) {

@@ -77,6 +77,7 @@ enum cudaError_t {
     cudaErrorCooperativeLaunchTooLarge = 720
 };
 enum cudaDeviceAttr {
+    cudaDevAttrComputeCapabilityMajor,
     cudaDevAttrMaxThreadsPerMultiProcessor,
     cudaDevAttrMultiProcessorCount,
     cudaDevAttrCooperativeLaunch,
@@ -88,13 +89,17 @@ enum cudaFuncAttribute {
     cudaFuncAttributeMaxDynamicSharedMemorySize,
     cudaFuncAttributePreferredSharedMemoryCarveout
 };
-enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
+enum cudaLaunchAttributeID {
+    cudaLaunchAttributeCooperative,
+    cudaLaunchAttributeProgrammaticStreamSerialization
+};
 enum { cudaSharedmemCarveoutMaxShared = 100 };
 
 struct cudaLaunchAttribute {
     cudaLaunchAttributeID id;
     struct {
         int cooperative;
+        int programmaticStreamSerializationAllowed;
     } val;
 };
 struct cudaLaunchConfig_t {

@@ -6,6 +6,10 @@
 
 namespace fastres::cuda {
 
+inline void begin_in_stream_order() {
+    emu::wait_for_launches_ahead();
+}
+
 inline void store_16_bytes(void* global, const uint4& value) {
     *static_cast<uint4*>(global) = value;
 }
