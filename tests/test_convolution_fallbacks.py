@@ -205,3 +205,16 @@ def test_packing_a_large_weight_for_few_pixels(batch, channels, training, kept, 
         input = torch.randn(batch, channels, 8, 8).to(memory_format=torch.channels_last)
         sites.conv_bn_act(conv, bn.train(training), None, input, relu=True)
     assert [record.own_convolution for record in records] == [ours]
+
+
+@pytest.mark.skipif(not _C.convolves("float32"), reason="there are no convolutions for this processor")
+@pytest.mark.parametrize(
+    ("batch", "side", "stride", "ours"),
+    [(1, 8, 1, False), (2, 8, 1, True), (1, 8, 2, True), (1, 16, 1, True)],
+)
+def test_training_on_one_image_of_few_pixels(batch, side, stride, ours):
+    conv, bn = torch.nn.Conv2d(64, 64, 3, stride, padding=1, bias=False), torch.nn.BatchNorm2d(64)
+    input = channels_last(torch.randn(batch, 64, side, side))
+    with sites.record() as records:
+        sites.conv_bn_act(conv, bn, None, input, relu=True).sum().backward()
+    assert [record.own_convolution for record in records] == [ours]

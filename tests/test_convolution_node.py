@@ -46,7 +46,8 @@ def test_groups(precision, channels, groups, stride):
     "batch, image", [(1, (3, 3)), (1, (7, 7)), (1, (13, 17)), (2, (11, 12)), (3, (13, 13))], ids=str
 )
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
-def test_few_pixels(precision, batch, image):
+def test_few_pixels(precision, batch, image, monkeypatch):
+    monkeypatch.setattr(convolution, "_FEWEST_PIXELS_OF_AN_IMAGE", 0)
     Case(precision, batch=batch, image=image).check()
 
 
