@@ -74,7 +74,12 @@ def is_fused(module: nn.Module) -> bool:
 def _own(model: Any, inplace: bool, name: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"fastres.{name}: model has type {type(model).__name__}, expected torch.nn.Module")
-    return model if inplace else copy.deepcopy(model)
+    if inplace:
+        return model
+    copied = copy.deepcopy(model)
+    for module, original in zip(copied.modules(), model.modules(), strict=True):
+        module.training = original.training  # torchvision's feature extractors forget it in copies
+    return copied
 
 
 def set_class(module: nn.Module, cls: type[nn.Module]) -> None:

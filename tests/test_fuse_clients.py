@@ -1,10 +1,14 @@
 """fuse() on other libraries' models: the same numbers, and fused."""
 
+import importlib
+
 import pytest
+import torch
 from fusing import DTYPE, images, ran, same
 from torch import nn
 
-from fastres.fuse import fuse
+from fastres.fuse import fuse, unfuse
+from fastres.inference import optimize_for_inference
 
 # 64x64 pixels are 2x2 at the end: with fewer, batch norm there amplifies rounding errors beyond the bound.
 
@@ -54,3 +58,15 @@ def test_transformers_is_fused_and_computes_the_same(transformers, layer_type):
     fused = fuse(stock)
     same(stock, fused, images(size=64))
     assert len(ran(fused, images())) == sum(isinstance(m, nn.BatchNorm2d) for m in stock.modules())
+
+
+@pytest.mark.parametrize("change", [fuse, unfuse, optimize_for_inference])
+def test_a_feature_extractor_stays_in_evaluation(torchvision, change):
+    """torchvision's, a torch.fx GraphModule of a class whose copies are in training mode."""
+    nodes = {"layer1.0.relu": "first", "layer2": "second"}
+    extraction = importlib.import_module("torchvision.models.feature_extraction")
+    stock = extraction.create_feature_extractor(torchvision.models.resnet18().eval(), nodes)
+    changed, input = change(stock), torch.randn(2, 3, 64, 64)
+    assert not any(module.training for module in changed.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(changed(input), stock(input), rtol=1e-4, atol=1e-4)
