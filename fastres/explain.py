@@ -40,6 +40,7 @@ class Row:
         stock: qualified names of the batch norms and ReLUs that ran unfused.
         reasons: why, in words.
         convolutions: how many of the fused operations began with fastres's own, and with PyTorch's.
+        own_in_channels_last: how many of the block's would be fastres's own in channels_last memory.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Row:
     stock: tuple[str, ...]
     reasons: tuple[str, ...]
     convolutions: tuple[int, int] = (0, 0)
+    own_in_channels_last: int = 0
 
     @property
     def fused(self) -> bool:
@@ -77,7 +79,14 @@ class Explanation:
     def convolutions(self) -> str:
         """One line: whose convolutions begin the fused operations; "" where there are none."""
         ours, theirs = (sum(row.convolutions[side] for row in self.rows) for side in (0, 1))
-        return f"{ours} of {ours + theirs} fused convolutions are fastres's own" if ours + theirs else ""
+        more = sum(row.own_in_channels_last for row in self.rows)
+        if ours + theirs == 0:
+            return ""
+        text = f"{ours} of {ours + theirs} fused convolutions are fastres's own"
+        if more:
+            text += f"; {more} would be in channels_last memory: "
+            text += "model.to(memory_format=torch.channels_last), and its input likewise"
+        return text
 
     def __str__(self) -> str:
         width = max((len(row.name) for row in self.rows), default=0)
@@ -234,6 +243,7 @@ def _row(block: _Block, names: dict[nn.Module, str]) -> Row:
         tuple(names[module] for module in stock),
         tuple(words),
         (ours, len(convolving) - ours),
+        sum(record.own_in_channels_last for record in block.records),
     )
 
 

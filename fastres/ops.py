@@ -366,7 +366,11 @@ def conv_bn_act(
     by = None
     if at_once or (training and conv_bias is None and isinstance(momentum, (int, float))):
         geometry = (stride, padding, dilation, groups)
-        by = _for_ours(input, weight, residual, conv_bias, channel_vectors, geometry, training, needs_grad)
+        others = conv_bias, channel_vectors, geometry, training, needs_grad
+        by = _for_ours(input, weight, residual, *others)
+        if by is None and record is not None and input.dim() == 4:
+            elsewhere = torch.empty_like(input, memory_format=torch.channels_last)
+            record.own_in_channels_last = _for_ours(elsewhere, weight, None, *others) is not None
     if by is not None:
         if record is not None:
             record.convolved()

@@ -45,6 +45,7 @@ class Record:
         fused: whether it did.
         reason: why not, if not.
         own_convolution: whether its convolution was fastres's, not PyTorch's.
+        own_in_channels_last: whether it would have been, had its input been in channels_last memory.
     """
 
     modules: tuple[nn.Module, ...]
@@ -52,6 +53,7 @@ class Record:
     fused: bool
     reason: Reason | None
     own_convolution: bool = False
+    own_in_channels_last: bool = False
 
     def composed(self, reason: str) -> None:
         """Note that no kernel ran the fused op."""
