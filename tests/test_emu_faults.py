@@ -54,6 +54,7 @@ FLAGS = ["-std=c++17", "-g1", "-fPIC", "-w", "-x", "c++"]
 TWO_LAUNCHES, FORWARD, BACKWARD = (
     f"batch_norm_{name}.cu" for name in ("forward", "forward_on_chip", "backward_on_chip")
 )
+STATISTICS = "batch_norm_statistics.cu"  # the first of the two
 SCHEDULER = ["block.cpp", "card.cpp", "shared_memory.cpp"]
 RUNTIMES = {"thread": "libtsan.so", "address": "libasan.so"}
 
@@ -125,7 +126,7 @@ NOT_ALL_ARRIVE = replaced(
 )
 NOT_ALL_BLOCKS_ARRIVE = replaced(FORWARD, GRID_BARRIER, f"if (blockIdx.x > 0) {GRID_BARRIER}")
 PLAIN_LAUNCH = replaced("launch.h", "cooperative.val.cooperative = 1", "cooperative.val.cooperative = 0")
-OUT_OF_ORDER = replaced(TWO_LAUNCHES, "begin_in_stream_order();", "")
+OUT_OF_ORDER = replaced(STATISTICS, "begin_in_stream_order();", "")
 TOO_FEW_BYTES = replaced("on_chip.cu", "kThreads * kVectorBytes;", "kThreads * kVectorBytes / 2;")
 
 CASES = [
@@ -299,7 +300,7 @@ def build(case: Case, folder: Path, as_it_is: AsItIs) -> Path:
     watched = [f"-fsanitize={case.sanitizer}"] if case.sanitizer else []
     of_scheduler = ["-DFASTRES_EMU_THREAD_SANITIZER"] if case.sanitizer == "thread" else watched
     # The watched ones first: of functions that several objects have, the linker takes the first.
-    run = ("launch.cu", "on_chip.cu", case.kernels)
+    run = ["launch.cu", "on_chip.cu", case.kernels, *([STATISTICS] if case.kernels == TWO_LAUNCHES else [])]
     objects = [
         compile(folder / "cuda" / source, folder, "-O1", *watched)
         if files_of(source) & changed

@@ -20,7 +20,7 @@ namespace {
 constexpr int kUnroll = 2;
 static_assert(kUnroll >= kLeastUnroll);
 
-template <class T, int width, bool channels_last, bool mask_from_output>
+template <class T, int width, bool channels_last>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     backward_on_chip(Sweep sweep, BnBackward args, double* partials) {
     begin_in_stream_order();
@@ -42,6 +42,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         visit(unit, [&](const Group<kUnroll>& group) { kept.fetch(group, {grad, input}); });
 
     int index = 0;
+    const bool mask_from_output = args.relu && output;
     const float blocked = mask_from_output ? 0.0f : args.relu ? kStoredAsZero<T> : kBlocksNothing;
     for (int64_t unit = blockIdx.x; unit < sweep.units(); unit += gridDim.x) {
         float map[3][channels];  // mean, scale, shift
@@ -50,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         GradientSums<channels> sums;
         visit(unit, [&](const Group<kUnroll>& group) {
             Pack<T, width> z[kUnroll];
-            if constexpr (mask_from_output)
+            if (mask_from_output)
 #pragma unroll
                 for (int i = 0; i < kUnroll; ++i)
                     if (i < group.valid) z[i].load(output + group.offset[i]);
@@ -60,7 +61,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
                 if (i >= group.valid) continue;
                 Pack<T, width> dz = kept.get(index, of_grad, i);
                 const Pack<T, width> y = kept.get(index, of_input, i);
-                sums.template mask_and_add<mask_from_output>(dz, y, z[i], map, blocked);
+                mask_from_output ? sums.template mask_and_add<true>(dz, y, z[i], map, blocked)
+                                 : sums.template mask_and_add<false>(dz, y, z[i], map, blocked);
                 kept.put(index, of_grad, i, dz);
                 if (grad_residual) dz.store(grad_residual + group.offset[i]);
             }
@@ -110,8 +112,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
 template <class T, bool channels_last>
 bool run(const BnBackward& args, void* workspace, Stream stream) {
     constexpr int width = kVectorWidth<T>;
-    const auto kernel = args.relu && args.output ? backward_on_chip<T, width, channels_last, true>
-                                                 : backward_on_chip<T, width, channels_last, false>;
+    const auto kernel = backward_on_chip<T, width, channels_last>;
     const auto shape = on_chip(args.shape, width, kUnroll, 2, reinterpret_cast<const void*>(kernel));
     return shape && launch_together(kernel::kBackwardOnChip, kernel, shape->blocks, shape->dynamic_bytes,
                                     stream, shape->sweep, args, static_cast<double*>(workspace));

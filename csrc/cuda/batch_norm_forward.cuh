@@ -9,6 +9,7 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "core/batch_norm.h"
 #include "core/bn_math.h"
@@ -127,6 +128,19 @@ __device__ __forceinline__ Pack<T, width> normalized(const Pack<T, width>& y, co
         result.set(v, z < floor ? floor : z);
     }
     return result;
+}
+
+// Calls body(Access, channels_last) for what the pointers and the shape allow.
+template <class Body>
+void with_input(const BnForward& args, bool aligned, const Body& body) {
+    check_dtype(args.weight, "weight");
+    check_dtype(args.bias, "bias");
+    check_dtype(args.running_mean, "running_mean");
+    check_dtype(args.running_var, "running_var");
+    with_access(args.shape.dtype, aligned && fills_vectors(args.shape), [&](auto access) {
+        if (args.shape.channels == 0) return;
+        args.shape.channels_last ? body(access, std::true_type{}) : body(access, std::false_type{});
+    });
 }
 
 }  // namespace fastres::cuda

@@ -20,7 +20,7 @@ namespace {
 constexpr int kUnroll = 4;
 static_assert(kUnroll >= kLeastUnroll);
 
-template <class T, int width, bool channels_last, bool add_residual>
+template <class T, int width, bool channels_last>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     forward_on_chip(Sweep sweep, BnForward args, double* partials) {
     begin_in_stream_order();
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         });
         visit(unit, [&](const Group<kUnroll>& group) {
             Pack<T, width> addend[kUnroll];
-            if constexpr (add_residual)
+            if (residual)
 #pragma unroll
                 for (int i = 0; i < kUnroll; ++i)
                     if (i < group.valid) addend[i].load(residual + group.offset[i]);
@@ -80,7 +80,9 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
             for (int i = 0; i < kUnroll; ++i) {
                 if (i >= group.valid) continue;
                 const Pack<T, width> y = kept.get(index, 0, i);
-                normalized<add_residual>(y, addend[i], map, floor).store(output + group.offset[i]);
+                const Pack<T, width> z = residual ? normalized<true>(y, addend[i], map, floor)
+                                                  : normalized<false>(y, addend[i], map, floor);
+                z.store(output + group.offset[i]);
             }
             ++index;
         });
@@ -93,8 +95,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
 template <class T, bool channels_last>
 bool run(const BnForward& args, void* workspace, Stream stream) {
     constexpr int width = kVectorWidth<T>;
-    const auto kernel = args.residual ? forward_on_chip<T, width, channels_last, true>
-                                      : forward_on_chip<T, width, channels_last, false>;
+    const auto kernel = forward_on_chip<T, width, channels_last>;
     const auto shape = on_chip(args.shape, width, kUnroll, 1, reinterpret_cast<const void*>(kernel));
     return shape && launch_together(kernel::kForwardOnChip, kernel, shape->blocks, shape->dynamic_bytes,
                                     stream, shape->sweep, args, static_cast<double*>(workspace));

@@ -1,5 +1,5 @@
 // Batch norm, ReLU and the maximum over windows:
-//     moments, statistics  of batch_norm_forward.cu
+//     moments, statistics  of batch_norm_statistics.cu
 //     apply_max_pool       input -> output and index
 #include <algorithm>
 
