@@ -45,43 +45,33 @@ bool has_amx() {
     return usable;
 }
 
-bool runs_avx2() {
+// Whether the processor has what a set adds to the ones before it.
 #if defined(__x86_64__)
+bool adds_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
            __builtin_cpu_supports("f16c");
-#else
-    return false;
-#endif
 }
-
-bool runs_avx512() {
 #if defined(FASTRES_EMULATE_AVX512)
-    return runs_avx2();
-#elif defined(__x86_64__)
-    return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+bool adds_avx512() {
+    return adds_avx2();
+}
+bool adds_avx512_bf16() {
+    return true;
+}
+#else
+bool adds_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#else
-    return false;
+}
+bool adds_avx512_bf16() {
+    return __builtin_cpu_supports("avx512bf16");
+}
 #endif
-}
-
-bool runs_avx512_bf16() {
-#if defined(FASTRES_EMULATE_AVX512)
-    return runs_avx2();
-#elif defined(__x86_64__)
-    return runs_avx512() && __builtin_cpu_supports("avx512bf16");
-#else
-    return false;
 #endif
-}
-
-bool runs_amx() {
-    return runs_avx512_bf16() && has_amx();
-}
 
 struct Unit {
     const char* isa;
-    bool (*runs)();
+    bool (*present)();
     const ByDtype<Loops>* loops;              // null: none of its own
     const ByDtype<ConvKernels>* convolution;  // the same
 };
@@ -90,16 +80,16 @@ struct Unit {
 const Unit kUnits[] = {
     {"scalar", [] { return true; }, &scalar::loops, nullptr},
 #if defined(FASTRES_UNIT_AVX2)
-    {"avx2", runs_avx2, &avx2::loops, &avx2::convolution},
+    {"avx2", adds_avx2, &avx2::loops, &avx2::convolution},
 #endif
 #if defined(FASTRES_UNIT_AVX512)
-    {"avx512", runs_avx512, &avx512::loops, &avx512::convolution},
+    {"avx512", adds_avx512, &avx512::loops, &avx512::convolution},
 #endif
 #if defined(FASTRES_UNIT_AVX512_BF16)
-    {"avx512_bf16", runs_avx512_bf16, &avx512_bf16::loops, &avx512_bf16::convolution},
+    {"avx512_bf16", adds_avx512_bf16, &avx512_bf16::loops, &avx512_bf16::convolution},
 #endif
 #if defined(FASTRES_UNIT_AVX512_AMX)
-    {"avx512_amx", runs_amx, nullptr, &avx512_amx::convolution},
+    {"avx512_amx", has_amx, nullptr, &avx512_amx::convolution},
 #endif
 };
 
@@ -113,7 +103,7 @@ std::vector<Kernels> find_available() {
     std::vector<Kernels> available;
     Kernels kernels{};
     for (const Unit& unit : kUnits) {
-        if (!unit.runs()) break;
+        if (!unit.present()) break;
         kernels.isa = unit.isa;
         take(unit.loops, kernels.loops);
         take(unit.convolution, kernels.convolution);
