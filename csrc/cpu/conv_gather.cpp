@@ -22,8 +22,8 @@ class DirectLoop final : public GatherLoop {
     DirectLoop(const Gather& args, const ThreadPool& pool)
         : GatherLoop(args, pool),
           k_block_(block_of_k()),
-          in_place_(is_one_row(args) && args.dtype == Dtype::f32 && kernels_.pack == 1 &&
-                    args.input.prologue.kind == Prologue::none) {}
+          in_place_(is_one_row(args) && kernels_.pack * size_of(args.dtype) == sizeof(float) &&
+                    args.in_channels % kernels_.pack == 0 && args.input.prologue.kind == Prologue::none) {}
 
     int64_t packed_floats() const override { return n_blocks_ * taps_ * k_words_ * kernels_.block; }
 
@@ -53,10 +53,12 @@ class DirectLoop final : public GatherLoop {
 
     int64_t block_of_k() const {
         // PyTorch's sums are the more exact ones of few pixels, where also the batch norm's errors hide
-        // less, and of many taps. Of one tap the order of a packed weight does not depend on this.
-        constexpr int64_t few_pixels = 512;
-        const bool exact = args_.dtype != Dtype::bf16 && (pixels() < few_pixels || taps_ > 1);
-        const int64_t least_words = exact ? 16 : 32, most_words = 256, most_steps = exact ? 160 : 640;
+        // less, and of many taps. Only of one tap the order of a packed weight does not depend on this.
+        constexpr int64_t few_pixels = 512, most_words = 256;
+        const bool few =
+            args_.dtype != Dtype::bf16 && pixels() < few_pixels && (taps_ == 1 || !args_.one_order);
+        const bool exact = few || (args_.dtype != Dtype::bf16 && taps_ > 1);
+        const int64_t least_words = few ? 8 : exact ? 16 : 32, most_steps = few ? 64 : exact ? 160 : 640;
         const int64_t most =
             std::max(least_words, std::min(most_words, most_steps / std::max<int64_t>(1, taps_)));
         return ceil_div(k_words_, ceil_div(k_words_, most));
@@ -80,17 +82,23 @@ class DirectLoop final : public GatherLoop {
     // All that a box's pixels gather, for some blocks of output channels.
     void gather(const Box& box, Range n_blocks, const float* weight, Workspace& workspace, Moments* moments,
                 Prefetch& prefetch) const {
-        const int64_t sums_stride = n_blocks.size() * kernels_.block;
+        const int64_t channels = n_blocks.size() * kernels_.block;
         const Axes patch = patch_of(box);
         const Stretch stretch = stretch_of(box, patch);
-        const int64_t sums_words = box.images.size() * box.rows.size() * stretch.pitch * sums_stride;
+        // Sums of all input channels are stored at once, and their memory, which is in the innermost cache,
+        // is used again.
+        const bool of_tile = taps_ > 0 && k_block_ >= k_words_;
+        const int64_t sums_stride = of_tile ? kernels_.block : channels;
+        const int64_t sums_rows =
+            of_tile ? kernels_.tile_rows : box.images.size() * box.rows.size() * stretch.pitch;
+        const int64_t sums_words = sums_rows * sums_stride;
         const int64_t patch_words = in_place_ ? 0 : box.images.size() * patch.h * patch.w * k_block_;
-        float* sums = workspace.floats(sums_words + patch_words + 3 * sums_stride);
+        float* sums = workspace.floats(sums_words + patch_words + 3 * channels);
         float* words = sums + sums_words;
         float* about = words + patch_words;
         // Moments are taken about the first pixel: a mean far from zero costs no digits.
-        if (moments) std::fill_n(about, 3 * sums_stride, 0.0f);
-        const Sums of_box{sums, sums_stride, moments ? about : nullptr, stretch};
+        if (moments) std::fill_n(about, 3 * channels, 0.0f);
+        const Sums of_box{sums, sums_stride, of_tile, moments ? about : nullptr, channels, stretch};
         if (taps_ == 0) std::fill_n(sums, sums_words, 0.0f);
         prefetch.spread(n_blocks.size() * box.images.size() * box.rows.size() / stretch.rows *
                         groups_of(stretch) * ceil_div(k_words_, k_block_));
@@ -100,8 +108,7 @@ class DirectLoop final : public GatherLoop {
             if (in_place_) {
                 const float* input = static_cast<const float*>(args_.input.data);
                 multiply(box, patch, n_blocks, k, k_words, weight,
-                         {input + box.columns.begin * args_.in_channels + k, args_.in_channels}, of_box,
-                         prefetch);
+                         {input + box.columns.begin * k_words_ + k, k_words_}, of_box, prefetch);
             } else {
                 if (taps_ > 0)
                     load_patch(box.images, box.rows.begin, box.columns.begin, patch, k * kernels_.pack,
@@ -110,7 +117,7 @@ class DirectLoop final : public GatherLoop {
             }
             k += k_words;
         } while (k < k_words_);
-        if (moments) set_moments(n_blocks, box.pixels(), about, sums_stride, moments);
+        if (moments) set_moments(n_blocks, box.pixels(), about, channels, moments);
     }
 
     // What a box reads of the input and the residual: stretches of memory but where rows are cut. Where a
@@ -150,17 +157,19 @@ class DirectLoop final : public GatherLoop {
 
     // What a box's products are added up in.
     struct Sums {
-        float* data;  // [image][row][pitch of the stretch][stride]
+        float* data;  // [image][row][pitch of the stretch][stride]; or those of one tile, [row][stride]
         int64_t stride;
-        float* moments;  // shift, sum, sum of squares: [stride] each; or null
+        bool of_tile;
+        float* moments;  // shift, sum, sum of squares: [channels] each; or null
+        int64_t channels;
         Stretch stretch;
     };
 
     // Pixels of a group that are neighbours in a row of the output.
     struct Strip {
-        int64_t sums;  // the first one's
+        int64_t first;  // of the group's
         int pixels;
-        int64_t output;  // and its place there
+        int64_t output;  // the first one's place there
     };
 
     // What the grid's first pixel and those behind it see.
@@ -205,7 +214,7 @@ class DirectLoop final : public GatherLoop {
                 const int64_t begin = std::max(span.begin, row_begin);
                 const int64_t end = std::min(span.end, row_begin + width);
                 if (begin < end)
-                    strips.push_back({stretch_begin + begin, static_cast<int>(end - begin),
+                    strips.push_back({begin - span.begin, static_cast<int>(end - begin),
                                       out_pixel(box.images.begin + image, box.rows.begin + row + r,
                                                 box.columns.begin + begin - row_begin)});
             }
@@ -213,14 +222,14 @@ class DirectLoop final : public GatherLoop {
         const auto multiply_group = [&](int64_t n) {
             const int64_t channel = (n - n_blocks.begin) * block;
             tile.b = weight + (n * k_words_ + k) * taps_ * block;
-            tile.sums = sums.data + first * sums.stride + channel;
+            tile.sums = sums.data + (sums.of_tile ? 0 : first * sums.stride + channel);
             tile.vectors = cpu::vectors_of(kernels_, args_.out_channels - n * block);
             prefetch.step();
             if (taps_ > 0) kernels_.multiply(tile);
             for (const Strip& strip : strips)
-                store({sums.data + strip.sums * sums.stride + channel, sums.stride, strip.pixels},
-                      n * block, strip.output, sums.moments ? sums.moments + channel : nullptr, sums.stride,
-                      strip.sums == 0);
+                store({tile.sums + strip.first * sums.stride, sums.stride, strip.pixels}, n * block,
+                      strip.output, sums.moments ? sums.moments + channel : nullptr, sums.channels,
+                      first + strip.first == 0);
         };
         // The weights of all blocks stay in the cache if they fit in; else one block's do.
         const int64_t cached_words = (kernels_.pack > 1 ? 96 : 64) * 1024;
