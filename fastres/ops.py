@@ -432,7 +432,7 @@ def _for_ours(
     dtype = convolution.compute_dtype(input)
     if _why_not_channels(weight.size(0), dtype, input.device, *channel_vectors, conv_bias) is not None:
         return None
-    faster = convolution.expected_faster(by, input, weight, dtype, needs_grad)
+    faster = convolution.expected_faster(by, input, weight, needs_grad)
     if torch.compiler.is_dynamo_compiling():
         return by if faster else None
     kept = not training and is_kept(weight)

@@ -24,6 +24,7 @@ struct Case {
     int rows, vectors;
     int64_t steps, run_count, row_stride;
     bool add;
+    bool in_slots;  // a; and the runs of b are apart
 };
 
 uint32_t random_state = 1;
@@ -52,12 +53,20 @@ std::vector<float> random_words(int64_t count) {
 }
 
 bool agrees(const Case& c) {
-    const int64_t run_distance = c.steps + 3, stride = kBlock + 16;
-    std::vector<int64_t> runs;
-    for (int64_t run = 0; run < c.run_count; ++run)
+    const Slots slots(c.steps);
+    const auto word_of = [&](int64_t step) {
+        return c.in_slots ? step / slots.steps * Slots::kSize + step % slots.steps : step;
+    };
+    const int64_t run_distance = c.steps + 3, stride = kBlock + 16, b_distance = c.steps + c.in_slots;
+    std::vector<int64_t> runs, b_runs;
+    for (int64_t run = 0; run < c.run_count; ++run) {
         runs.push_back((c.run_count - 1 - run) * run_distance);  // not in the order of memory
-    const int64_t a_words = (c.run_count - 1) * run_distance + (c.rows - 1) * c.row_stride + c.steps;
-    const std::vector<float> a = random_words(a_words), b = random_words(c.run_count * c.steps * kBlock);
+        b_runs.push_back(run * b_distance * kBlock);
+    }
+    const int64_t a_words =
+        (c.run_count - 1) * run_distance + (c.rows - 1) * c.row_stride + word_of(c.steps - 1) + 1;
+    const int64_t b_words = ((c.run_count - 1) * b_distance + c.steps) * kBlock;
+    const std::vector<float> a = random_words(a_words), b = random_words(b_words);
     std::vector<float> sums((c.rows - 1) * stride + kBlock, c.add ? 7 : kUntouched);
     std::vector<float> expected = sums;
     for (int row = 0; row < c.rows; ++row) {
@@ -65,8 +74,8 @@ bool agrees(const Case& c) {
             float sum = c.add ? 7 : 0;
             for (int64_t run = 0; run < c.run_count; ++run) {
                 for (int64_t step = 0; step < c.steps; ++step) {
-                    const float x = a[row * c.row_stride + runs[run] + step];
-                    const float y = b[(run * c.steps + step) * kBlock + lane];
+                    const float x = a[row * c.row_stride + runs[run] + word_of(step)];
+                    const float y = b[b_runs[run] + step * kBlock + lane];
                     sum += first_of(x) * first_of(y) + second_of(x) * second_of(y);
                 }
             }
@@ -74,11 +83,12 @@ bool agrees(const Case& c) {
         }
     }
     multiply_amx<kBlock>({a.data(), c.row_stride, 1, runs.data(), c.run_count, c.steps, b.data(),
-                          sums.data(), stride, c.rows, c.vectors, c.add});
+                          sums.data(), stride, c.rows, c.vectors, c.add,
+                          c.in_slots ? b_runs.data() : nullptr, c.in_slots});
     if (sums == expected) return true;
-    std::printf("wrong sums: %d rows, %d vectors, %ld runs of %ld steps, row stride %ld%s\n", c.rows,
+    std::printf("wrong sums: %d rows, %d vectors, %ld runs of %ld steps, row stride %ld%s%s\n", c.rows,
                 c.vectors, static_cast<long>(c.run_count), static_cast<long>(c.steps),
-                static_cast<long>(c.row_stride), c.add ? ", added" : "");
+                static_cast<long>(c.row_stride), c.add ? ", added" : "", c.in_slots ? ", in slots" : "");
     return false;
 }
 
@@ -89,7 +99,9 @@ bool agree_all() {
                 for (int64_t runs : {1, 3})
                     for (int64_t row_stride : {steps, steps + 5, steps / 2 + 1})
                         for (bool add : {false, true})
-                            if (!agrees({rows, vectors, steps, runs, row_stride, add})) return false;
+                            for (bool in_slots : {false, true})
+                                if (!agrees({rows, vectors, steps, runs, row_stride, add, in_slots}))
+                                    return false;
     return true;
 }
 

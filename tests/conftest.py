@@ -96,14 +96,6 @@ def _no_measured_choices(monkeypatch):
     monkeypatch.setattr(tuning, "mode", "off")
 
 
-@pytest.fixture(autouse=True)
-def untimed(monkeypatch):
-    """No unit is: what is tested is our convolutions. The usual ones, for tests of them."""
-    usual = convolution.untimed
-    monkeypatch.setattr(convolution, "untimed", set())
-    return usual
-
-
 @pytest.fixture
 def one_thread():
     before = torch.get_num_threads()

@@ -83,8 +83,8 @@ FAULTS = {
     "configured once": ("if (differs)", "if (loaded.palette == 0)", "heap-buffer-overflow"),
     "the last steps are left out": ("if (rest > 0)", "if (rest < 0)", "wrong sums"),
     "the last steps alone are left": (
-        "{tile.steps - rest, 1, rest}, true)",
-        "{tile.steps - rest, 1, rest}, false)",
+        "{tile.steps - rest, 1, rest, rest}, true)",
+        "{tile.steps - rest, 1, rest, rest}, false)",
         "wrong sums",
     ),
     "sums that do not begin at zero": ("amx::zero<kSumsTile + 3>();", ";", "wrong sums"),
@@ -94,16 +94,11 @@ FAULTS = {
         "wrong sums",
     ),
     "the same rows twice": ("amx::load<kATile + 1>(a + a_tile,", "amx::load<kATile + 1>(a,", "wrong sums"),
-    "the first run's b": (
-        "(run * tile.steps + steps.first)",
-        "(0 * tile.steps + steps.first)",
-        "wrong sums",
-    ),
-    "sums that replace": (
-        "steps / width, width}, tile.add)",
-        "steps / width, width}, false)",
-        "wrong sums",
-    ),
+    "the first run's b": (": run * tile.steps * block;", ": 0;", "wrong sums"),
+    "b where the last run ends": ("tile.b_runs ? tile.b_runs[run] :", "", "wrong sums"),
+    "slots without gaps": ("tile.in_slots ? kAmxSide : width", "width", "wrong sums"),
+    "gaps without slots": ("tile.in_slots ? kAmxSide : width", "kAmxSide", "heap-buffer-overflow"),
+    "sums that replace": ("tile.add);\n    if (rest", "false);\n    if (rest", "wrong sums"),
 }
 
 

@@ -8,7 +8,7 @@ import torch
 from layers import Case, assert_accurate, channels_last, conv_bn_relu, is_node
 from torch.autograd import forward_ad
 
-from fastres import _C, convolution, models, ops, sites
+from fastres import _C, models, ops, sites
 from fastres.packing import keep_packed
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_layers")
@@ -107,15 +107,6 @@ def test_what_no_kernel_covers_equals_stock(name):
             torch.testing.assert_close(fused, results[1][key], rtol=1e-9, atol=1e-9)
         else:
             assert_accurate(key, fused, results[1][key], results[2][key])
-
-
-def test_a_unit_that_nobody_timed_leaves_convolutions_to_pytorch(monkeypatch, untimed):
-    case = Case()
-    for isa, dtype in untimed:
-        assert (isa, dtype) == ("avx512_amx", torch.bfloat16)
-    for dtype, ours in ((torch.float32, False), (torch.bfloat16, True)):
-        monkeypatch.setattr(convolution, "untimed", {(_C.cpu_isa(), dtype)})
-        assert is_node(ops.conv_bn_relu(**case.leaves(), **case.by)) == ours
 
 
 def transformed(function, values, by, how: str):

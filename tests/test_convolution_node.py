@@ -68,6 +68,7 @@ def convolved(output: torch.Tensor) -> bool:
 def test_of_images_the_gradients_alone_are_pytorchs(precision, order, monkeypatch):
     monkeypatch.setattr(convolution, "_LEAST_CHANNELS", 32)
     monkeypatch.setattr(convolution, "_MANY_VALUES", 2**16)
+    monkeypatch.setattr(convolution, "_OF_MATRICES", None)
     case = Case(precision, channels=(3, 32), kernel=7, stride=2, image=(33, 31), residual=False)
     case.keep_off_the_kink()
     results, learned = [], ("input", "weight", "bn_weight", "bn_bias")
@@ -86,6 +87,15 @@ def test_of_images_the_gradients_alone_are_pytorchs(precision, order, monkeypatc
         results.append([output, *grads])
     for name, *tensors in zip(("output", *learned), *results, strict=False):
         assert_accurate(name, *tensors)
+
+
+def test_images_are_not_multiplied_as_matrices(monkeypatch):
+    monkeypatch.setattr(convolution, "_LEAST_CHANNELS", 32)
+    monkeypatch.setattr(convolution, "_MANY_VALUES", 2**16)
+    case = Case(channels=(3, 32), kernel=7, stride=2, image=(33, 31), residual=False)
+    for dtype in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(convolution, "_OF_MATRICES", (_C.cpu_isa(), dtype))
+        assert convolved(ops.conv_bn_relu(**case.leaves(), **case.by)) == (dtype != torch.float32)
 
 
 def test_a_single_pixel_is_refused_as_by_stock():

@@ -178,24 +178,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_backward(
     const cpu::ConvOperand grad_operand = differentiated(conv_output, input_grad);
     Tensor grad_input =
         needs_input && !add_to ? empty_channels_last(conv_output, in_sizes(shape)) : nothing(conv_output);
-    if (needs_input)
-        cpu::conv_backward_input({shape, dtype, grad_operand, conv_weight(op, conv_weight_tensor),
-                                  add_to ? add_to->data_ptr() : grad_input.data_ptr(), add_to.has_value()},
-                                 torch_threads());
+    const cpu::ConvBackwardInput for_input{shape,
+                                           dtype,
+                                           grad_operand,
+                                           conv_weight(op, conv_weight_tensor),
+                                           add_to ? add_to->data_ptr() : grad_input.data_ptr(),
+                                           add_to.has_value()};
     Tensor grad_conv_weight = needs_conv_weight ? output_like(conv_weight_tensor) : nothing(conv_output);
-    if (needs_conv_weight) {
-        cpu::BnCoefficients before;
-        cpu::ConvOperand input_operand = plain(input);
-        if (input_mean) {
-            before = cpu::forward_coefficients(shape.in_channels, before_weight, before_bias,
-                                               static_cast<const double*>(input_mean->data_ptr()),
-                                               static_cast<const double*>(input_rstd->data_ptr()));
-            input_operand = activated(input, before, input_relu);
-        }
-        cpu::conv_backward_weight(
-            {shape, dtype, grad_operand, input_operand, conv_weight(op, grad_conv_weight)},
-            torch_threads());
+    cpu::BnCoefficients before;
+    cpu::ConvBackwardWeight for_weight{
+        shape, dtype, grad_operand, plain(input),
+        needs_conv_weight ? conv_weight(op, grad_conv_weight) : ConvWeight{}};
+    if (input_mean && needs_conv_weight) {
+        before = cpu::forward_coefficients(shape.in_channels, before_weight, before_bias,
+                                           static_cast<const double*>(input_mean->data_ptr()),
+                                           static_cast<const double*>(input_rstd->data_ptr()));
+        for_weight.input = activated(input, before, input_relu);
     }
+    if (needs_input && needs_conv_weight)
+        cpu::conv_backward(for_input, for_weight, torch_threads());
+    else if (needs_input)
+        cpu::conv_backward_input(for_input, torch_threads());
+    else if (needs_conv_weight)
+        cpu::conv_backward_weight(for_weight, torch_threads());
     return {grad_input, grad_conv_weight, grad_residual, grad_weight, grad_bias};
 }
 

@@ -42,6 +42,22 @@ class DirectLoop final : public GatherLoop {
         });
     }
 
+    // A box by itself, by the calling thread. Returns the words of its input, [pixel][word of channels],
+    // which stay in the workspace.
+    const float* gather_alone(const Box& box, const float* weight, Workspace& workspace) const {
+        Prefetch nothing;
+        return gather(box, {0, n_blocks_}, weight, workspace, nullptr, nothing);
+    }
+
+    // Whether these are all of its values, as the prologue makes them, in the order of its own memory.
+    bool keeps_values() const {
+        return k_block_ >= k_words_ && !in_place_ &&
+               kernels_.pack * size_of(args_.dtype) == sizeof(float) &&
+               args_.in_channels % kernels_.pack == 0;
+    }
+
+    using GatherLoop::packed_weight;
+
   private:
     // Smaller boxes only where there would be too little for each thread, however the channels are cut.
     int64_t pixels_of_box() const {
@@ -79,9 +95,10 @@ class DirectLoop final : public GatherLoop {
         }
     }
 
-    // All that a box's pixels gather, for some blocks of output channels.
-    void gather(const Box& box, Range n_blocks, const float* weight, Workspace& workspace, Moments* moments,
-                Prefetch& prefetch) const {
+    // All that a box's pixels gather, for some blocks of output channels. Returns the words of the input
+    // that were loaded last.
+    const float* gather(const Box& box, Range n_blocks, const float* weight, Workspace& workspace,
+                        Moments* moments, Prefetch& prefetch) const {
         const int64_t channels = n_blocks.size() * kernels_.block;
         const Axes patch = patch_of(box);
         const Stretch stretch = stretch_of(box, patch);
@@ -118,6 +135,7 @@ class DirectLoop final : public GatherLoop {
             k += k_words;
         } while (k < k_words_);
         if (moments) set_moments(n_blocks, box.pixels(), about, channels, moments);
+        return words;
     }
 
     // What a box reads of the input and the residual: stretches of memory but where rows are cut. Where a
@@ -313,6 +331,41 @@ Gather forward_gather(const ConvForward& args) {
     return gather;
 }
 
+// What the input's pixels get that lie at `phase` from the first, `stride` apart: a stride spreads the
+// output's pixels over the input, and the pixels between them see other taps.
+Gather backward_gather(const ConvBackwardInput& args, Axes phase) {
+    const Conv2d& shape = args.shape;
+    Gather gather{};
+    gather.batch = shape.batch;
+    gather.dtype = args.dtype;
+    gather.input = args.grad;
+    gather.in_channels = shape.out_channels;
+    gather.groups = shape.groups;
+    gather.in = shape.out;
+    gather.output = args.grad_input;
+    gather.residual = args.add ? args.grad_input : nullptr;
+    gather.out_channels = shape.in_channels;
+    gather.out = shape.in;
+    gather.grid = {ceil_div(shape.in.h - phase.h, shape.stride.h),
+                   ceil_div(shape.in.w - phase.w, shape.stride.w)};
+    gather.grid_first = phase;
+    gather.grid_step = shape.stride;
+    gather.rows = backward_taps(shape.kernel.h, shape.stride.h, shape.padding.h, shape.dilation.h, phase.h);
+    gather.columns =
+        backward_taps(shape.kernel.w, shape.stride.w, shape.padding.w, shape.dilation.w, phase.w);
+    gather.weight = args.weight;
+    gather.k_stride = args.weight.stride_out;
+    gather.n_stride = args.weight.stride_in;
+    flatten(gather);
+    return gather;
+}
+
+void advise_grad_input(const ConvBackwardInput& args) {
+    const Conv2d& shape = args.shape;
+    advise_huge_pages(args.grad_input,
+                      shape.batch * shape.in.h * shape.in.w * shape.in_channels * size_of(args.dtype));
+}
+
 Gather packing_gather(const ConvForward& args) {
     Gather gather = forward_gather(args);
     gather.one_order = true;
@@ -354,39 +407,42 @@ void pack_weight(const ConvForward& args, float* packed, const ThreadPool& pool)
 
 void conv_backward_input(const ConvBackwardInput& args, const ThreadPool& pool) {
     const Conv2d& shape = args.shape;
-    Gather gather{};
-    gather.dtype = args.dtype;
-    gather.input = args.grad;
-    gather.in_channels = shape.out_channels;
-    gather.groups = shape.groups;
-    gather.output = args.grad_input;
-    gather.residual = args.add ? args.grad_input : nullptr;
-    gather.out_channels = shape.in_channels;
-    gather.grid_step = shape.stride;
-    gather.weight = args.weight;
-    gather.k_stride = args.weight.stride_out;
-    gather.n_stride = args.weight.stride_in;
-    advise_huge_pages(args.grad_input,
-                      shape.batch * shape.in.h * shape.in.w * shape.in_channels * size_of(args.dtype));
-    // A stride spreads the output's pixels over the input; the pixels between them see other taps.
+    advise_grad_input(args);
     for (int64_t h = 0; h < std::min(shape.stride.h, shape.in.h); ++h) {
         for (int64_t w = 0; w < std::min(shape.stride.w, shape.in.w); ++w) {
-            gather.batch = shape.batch;
-            gather.in = shape.out;
-            gather.out = shape.in;
-            gather.grid = {ceil_div(shape.in.h - h, shape.stride.h),
-                           ceil_div(shape.in.w - w, shape.stride.w)};
-            gather.grid_first = {h, w};
-            gather.rows =
-                backward_taps(shape.kernel.h, shape.stride.h, shape.padding.h, shape.dilation.h, h);
-            gather.columns =
-                backward_taps(shape.kernel.w, shape.stride.w, shape.padding.w, shape.dilation.w, w);
+            const Gather gather = backward_gather(args, {h, w});
             const bool unseen = gather.rows.taps.empty() || gather.columns.taps.empty();
-            if (args.add && unseen) continue;
-            flatten(gather);
-            run(gather, pool);
+            if (!(args.add && unseen)) run(gather, pool);
         }
     }
+}
+
+struct InputGradByBox::Loop {
+    Loop(const ConvBackwardInput& args, const ThreadPool& pool)
+        : gather(backward_gather(args, {0, 0})), direct(gather, pool) {}
+
+    const Gather gather;
+    const DirectLoop direct;
+};
+
+InputGradByBox::InputGradByBox(const ConvBackwardInput& args, const ThreadPool& pool)
+    : loop_(std::make_unique<Loop>(args, pool)) {
+    advise_grad_input(args);
+}
+
+InputGradByBox::~InputGradByBox() = default;
+
+bool InputGradByBox::keeps_values() const {
+    return is_one_row(loop_->gather) && loop_->direct.keeps_values();
+}
+
+void InputGradByBox::pack() {
+    weight_ = loop_->direct.packed_weight();
+}
+
+const float* InputGradByBox::operator()(Range pixels) const {
+    static thread_local Workspace workspace;
+    return loop_->direct.gather_alone({{0, 1}, {0, 1}, pixels}, weight_, workspace);
 }
 
 }  // namespace fastres::cpu

@@ -265,6 +265,27 @@ class GatherLoop {
     const bool stream_;
 };
 
+// The gradient of a pointwise convolution's input, some pixels at a time by the thread that calls: beside
+// that of its weight, which is then made of the very values that this has loaded.
+class InputGradByBox {
+  public:
+    InputGradByBox(const ConvBackwardInput& args, const ThreadPool& pool);
+    ~InputGradByBox();
+
+    // Whether the convolution is pointwise, and the values are there as a tensor would hold them.
+    bool keeps_values() const;
+    // Before the first box.
+    void pack();
+    // Of pixels of all images, as one row; returns the gradient of the output, [pixel][out channel], which
+    // stays there until the thread's next call.
+    const float* operator()(Range pixels) const;
+
+  private:
+    struct Loop;
+    std::unique_ptr<Loop> loop_;
+    const float* weight_ = nullptr;
+};
+
 // Whether multiplying transformed tiles is the faster way; see conv_winograd.cpp.
 bool winograd_pays(const Gather& args);
 std::unique_ptr<GatherLoop> winograd_loop(const Gather& args, const ThreadPool& pool);

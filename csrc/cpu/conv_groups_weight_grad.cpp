@@ -29,7 +29,7 @@ class GroupLoop : WeightGradTasks {
                     multiply(box, chunk, words, index > range.begin, sums, prefetch);
                 }
             },
-            [&](const Chunk& chunk, const float* sums) { store(chunk, sums); });
+            [&](const Chunk& chunk, const float* sums) { store(chunk, sums, RowsOf::in_channels); });
     }
 
   private:

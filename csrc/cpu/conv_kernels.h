@@ -24,6 +24,8 @@ struct MultiplyTile {
     int64_t sums_stride;
     int rows, vectors;  // at most those of ConvKernels
     bool add;
+    const int64_t* b_runs = nullptr;  // words of b: where each run begins; null: where the last one ends
+    bool in_slots = false;            // the steps of a lie as load_steps left them
 };
 
 // A vector of output channels, each of which sums the words of its own group alone:
@@ -135,12 +137,14 @@ struct ConvKernels {
     // words[channel / width][ceil(columns / pack)][width], pairs of columns; block_stride words from one
     // block of `width` channels to the next
     void (*load_pixels)(const PixelRow&, int64_t width, float* words, int64_t block_stride);
-    // words[channel][ceil(columns / pack)], pairs of columns; channel_stride words from one channel to the
-    // next. Null where multiply takes any step_stride of a; else it takes 1 alone.
-    void (*load_steps)(const PixelRow&, float* words, int64_t channel_stride);
+    // words[channel][slot], pairs of columns: steps from `first_step` on of a run of `steps`, which begins
+    // at `words`; channel_stride words from one channel to the next. slots_of(steps) says how many there
+    // are. Null where multiply takes any step_stride of a; else it takes 1 alone.
+    void (*load_steps)(const PixelRow&, float* words, int64_t channel_stride, int64_t first_step,
+                       int64_t steps);
     // words[ceil(k / pack)][block], pairs of k; zero beyond n
     void (*pack_weight)(const WeightBlock&, float* words);
-    // [k][n] = sums[k][n], whose rows are sums_stride apart
+    // weight[k][n] = sums[k][n], whose rows are sums_stride apart
     void (*unpack_weight)(const float* sums, int64_t sums_stride, const WeightBlock&);
     void (*store)(const StoreTile&);
     int group_rows;
@@ -154,6 +158,18 @@ struct ConvKernels {
     void (*transform_weight_grad)(const MatrixTransform&);
     // Gives back what multiply set up in the processor, at the end of a thread's task; null: nothing.
     void (*release)();
+};
+
+// The steps that multiply takes at once from a run, where they begin at aligned words of memory: equal
+// parts of a slot of 16 if it can be, 28 are 14 and 14; else all 16 of it.
+struct Slots {
+    static constexpr int64_t kSize = 16;
+
+    int64_t count, steps;  // steps of each
+
+    explicit Slots(int64_t run) : count((run + kSize - 1) / kSize), steps(kSize) {
+        if (count > 0 && run % count == 0) steps = run / count;
+    }
 };
 
 }  // namespace fastres::cpu

@@ -44,6 +44,7 @@ void multiply_tile(const MultiplyTile& tile) {
     const int64_t step_stride = follow == Follow::steps ? 1 : tile.step_stride;
     const float* b = tile.b;
     for (int64_t run = 0; run < tile.run_count; ++run) {
+        if (tile.b_runs) b = tile.b + tile.b_runs[run];
         const float* a[pointers];
 #pragma GCC unroll 8
         for (int i = 0; i < pointers; ++i)

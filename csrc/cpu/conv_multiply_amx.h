@@ -10,14 +10,15 @@
 namespace fastres::cpu::FASTRES_ISA {
 
 inline constexpr int kAmxSide = amx::kRows;
+static_assert(kAmxSide == Slots::kSize);
 inline constexpr int kAmxRows = 2 * kAmxSide;  // of a MultiplyTile
 
 // The registers: 2 x 2 of sums, two of a and two of b, so that each that is loaded is multiplied twice.
 inline constexpr int kSumsTile = 0, kATile = 4, kBTile = 6;
 
-// Some steps of each run: `count` times `width` from `first` on.
+// Some steps of each run: `count` times `width` from `first` on; those of a are a_step words apart.
 struct Steps {
-    int64_t first, count, width;
+    int64_t first, count, width, a_step;
 };
 
 // Loads a configuration only where it differs from what is there: that takes some 200 cycles. Nothing is
@@ -60,7 +61,7 @@ void multiply_amx_tiles(const MultiplyTile& tile, const Steps& steps, int64_t la
     constexpr bool second_rows = row_tiles > 1, second_lanes = lane_tiles > 1;
     constexpr int64_t b_stride = block * sizeof(float);
     const int64_t a_stride = tile.row_stride * sizeof(float);
-    const int64_t count = steps.count, a_step = steps.width, b_step = steps.width * block;
+    const int64_t count = steps.count, a_step = steps.a_step, b_step = steps.width * block;
     const int64_t a_tile = kAmxSide * tile.row_stride;
     amx::zero<kSumsTile>();
     if constexpr (second_lanes) amx::zero<kSumsTile + 1>();
@@ -68,7 +69,8 @@ void multiply_amx_tiles(const MultiplyTile& tile, const Steps& steps, int64_t la
     if constexpr (second_rows && second_lanes) amx::zero<kSumsTile + 3>();
     for (int64_t run = 0; run < tile.run_count; ++run) {
         const float* a = tile.a + tile.runs[run] + steps.first;
-        const float* b = tile.b + (run * tile.steps + steps.first) * block + lane;
+        const int64_t b_run = tile.b_runs ? tile.b_runs[run] : run * tile.steps * block;
+        const float* b = tile.b + b_run + steps.first * block + lane;
         for (int64_t i = 0; i < count; ++i) {
             amx::load<kATile>(a, a_stride);
             amx::load<kBTile>(b, b_stride);
@@ -116,15 +118,15 @@ void multiply_amx_steps(const MultiplyTile& tile, const Steps& steps, bool add) 
     }
 }
 
-// Takes a step_stride of 1. A run is cut into equal parts of at most 16 steps if it can be: 28 are 14 and
-// 14. What is left over of others is added by itself, in narrower tiles.
+// Takes a step_stride of 1. What is left over of runs that are not cut into equal parts is added by itself,
+// in narrower tiles.
 template <int block>
 void multiply_amx(const MultiplyTile& tile) {
-    const int64_t parts = (tile.steps + kAmxSide - 1) / kAmxSide;
-    const bool equal = parts > 0 && tile.steps % parts == 0;
-    const int64_t width = equal ? tile.steps / parts : kAmxSide, rest = tile.steps % width;
-    multiply_amx_steps<block>(tile, {0, tile.steps / width, width}, tile.add);
-    if (rest > 0) multiply_amx_steps<block>(tile, {tile.steps - rest, 1, rest}, true);
+    const Slots slots(tile.steps);
+    const int64_t width = slots.steps, rest = tile.steps % width;
+    multiply_amx_steps<block>(tile, {0, tile.steps / width, width, tile.in_slots ? kAmxSide : width},
+                              tile.add);
+    if (rest > 0) multiply_amx_steps<block>(tile, {tile.steps - rest, 1, rest, rest}, true);
 }
 
 }  // namespace fastres::cpu::FASTRES_ISA

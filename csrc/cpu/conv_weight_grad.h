@@ -46,7 +46,7 @@ class WeightGradTasks {
     // in `words` of memory; and store(chunk, sums) when they are complete.
     template <class Sum, class Store>
     void run(const Boxes& boxes, int64_t words_of_sum, const Sum& sum, const Store& store) const {
-        const int64_t chunks = in_chunks_ * out_chunks_;
+        const int64_t chunks = this->chunks();
         const int64_t parts = std::max<int64_t>(1, std::min(boxes.count(), pool_.threads() / chunks));
         const int64_t chunk_words = products_ * in_chunk_ * out_chunk_;
         static thread_local Workspace partial;
@@ -94,25 +94,33 @@ class WeightGradTasks {
         add(args_.input, shape_.in, shape_.in_channels, chunk.in_channels, shape_.stride);
     }
 
-    // From sums[tap][in channel of the group][out channel].
-    void store(const Chunk& chunk, const float* sums) const {
+    // From sums[tap][in channel of the group][out channel], or of sums[tap][out channel][in channel].
+    enum class RowsOf { in_channels, out_channels };
+    void store(const Chunk& chunk, const float* sums, RowsOf rows) const {
         const Range in = grouped() ? Range{0, in_chunk_} : chunk.in_channels;  // of the weight
+        const ConvWeight& weight = args_.grad_weight;
+        const bool of_in = rows == RowsOf::in_channels;
         for (int64_t kh = 0; kh < shape_.kernel.h; ++kh) {
             for (int64_t kw = 0; kw < shape_.kernel.w; ++kw) {
-                const ConvWeight& weight = args_.grad_weight;
                 const int64_t tap = kh * shape_.kernel.w + kw;
                 const int64_t element = in.begin * weight.stride_in +
                                         chunk.out_channels.begin * weight.stride_out +
                                         kh * weight.stride_h + kw * weight.stride_w;
-                kernels_.unpack_weight(
-                    sums + tap * in_chunk_ * out_chunk_, out_chunk_,
-                    {static_cast<char*>(weight.data) + element * size_of(weight.dtype), weight.dtype,
-                     in.size(), chunk.out_channels.size(), weight.stride_in, weight.stride_out});
+                WeightBlock block{};
+                block.data = static_cast<char*>(weight.data) + element * size_of(weight.dtype);
+                block.dtype = weight.dtype;
+                block.k = of_in ? in.size() : chunk.out_channels.size();
+                block.n = of_in ? chunk.out_channels.size() : in.size();
+                block.k_stride = of_in ? weight.stride_in : weight.stride_out;
+                block.n_stride = of_in ? weight.stride_out : weight.stride_in;
+                kernels_.unpack_weight(sums + tap * in_chunk_ * out_chunk_, of_in ? out_chunk_ : in_chunk_,
+                                       block);
             }
         }
     }
 
     bool grouped() const { return shape_.groups > 1; }
+    int64_t chunks() const { return in_chunks_ * out_chunks_; }
 
     const ConvBackwardWeight& args_;
     const Conv2d shape_;

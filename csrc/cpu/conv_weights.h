@@ -102,18 +102,31 @@ FASTRES_ALWAYS void unpack_squares(const float* sums, int64_t sums_stride, const
     if (stream) fence();
 }
 
+template <class T, bool stream>
+FASTRES_ALWAYS void unpack_rows(const float* sums, int64_t sums_stride, const WeightBlock& weight) {
+    T* data = static_cast<T*>(weight.data);
+    for (int64_t k = 0; k < weight.k; ++k)
+        for (int64_t n = 0; n < weight.n; n += kLanes<float>)
+            store<stream>(data + k * weight.k_stride + n, load(sums + k * sums_stride + n));
+    if (stream) fence();
+}
+
 template <class T>
 FASTRES_ALWAYS void unpack_weight_of(const float* sums, int64_t sums_stride, const WeightBlock& weight) {
     constexpr int lanes = kLanes<float>;
     T* data = static_cast<T*>(weight.data);
-    if (weight.k_stride == 1 && weight.k % lanes == 0 && weight.n % lanes == 0) {
-        // Past the caches: nobody reads gradients of weights soon.
+    // Past the caches where that can be: nobody reads gradients of weights soon.
+    const auto streams = [&](int64_t row_stride) {
         constexpr int64_t alignment = kVectorBytes;
-        const bool stream = sizeof(T) == sizeof(float) && weight.n_stride * sizeof(T) % alignment == 0 &&
-                            reinterpret_cast<uintptr_t>(data) % alignment == 0;
-        return stream ? unpack_squares<T, true>(sums, sums_stride, weight)
-                      : unpack_squares<T, false>(sums, sums_stride, weight);
-    }
+        return sizeof(T) == sizeof(float) && row_stride * sizeof(T) % alignment == 0 &&
+               reinterpret_cast<uintptr_t>(data) % alignment == 0;
+    };
+    if (weight.n_stride == 1 && weight.n % lanes == 0)
+        return streams(weight.k_stride) ? unpack_rows<T, true>(sums, sums_stride, weight)
+                                        : unpack_rows<T, false>(sums, sums_stride, weight);
+    if (weight.k_stride == 1 && weight.k % lanes == 0 && weight.n % lanes == 0)
+        return streams(weight.n_stride) ? unpack_squares<T, true>(sums, sums_stride, weight)
+                                        : unpack_squares<T, false>(sums, sums_stride, weight);
     for (int64_t begin = 0; begin < weight.k; begin += kLinesAtOnce) {
         const int64_t end = begin + kLinesAtOnce < weight.k ? begin + kLinesAtOnce : weight.k;
         for (int64_t n = 0; n < weight.n; ++n)

@@ -104,7 +104,7 @@ class WinogradLoop : WeightGradTasks {
         const int64_t words = in_chunk_ * out_chunk_;
         float* taps = workspace.floats(taps_ * words);
         kernels_.transform_weight_grad({sums, kTileSide * words, words, taps, 3 * words, words, words});
-        store(chunk, taps);
+        store(chunk, taps, RowsOf::in_channels);
     }
 
     const int64_t block_;

@@ -59,5 +59,8 @@ void pack_weight(const ConvForward& args, float* packed, const ThreadPool& pool)
 
 void conv_backward_input(const ConvBackwardInput& args, const ThreadPool& pool);
 void conv_backward_weight(const ConvBackwardWeight& args, const ThreadPool& pool);
+// Both, of the same gradient of the output, which is read but once where that can be.
+void conv_backward(const ConvBackwardInput& input, const ConvBackwardWeight& weight,
+                   const ThreadPool& pool);
 
 }  // namespace fastres::cpu
