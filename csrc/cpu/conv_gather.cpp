@@ -426,9 +426,7 @@ struct InputGradByBox::Loop {
 };
 
 InputGradByBox::InputGradByBox(const ConvBackwardInput& args, const ThreadPool& pool)
-    : loop_(std::make_unique<Loop>(args, pool)) {
-    advise_grad_input(args);
-}
+    : args_(args), loop_(std::make_unique<Loop>(args, pool)) {}
 
 InputGradByBox::~InputGradByBox() = default;
 
@@ -436,7 +434,8 @@ bool InputGradByBox::keeps_values() const {
     return is_one_row(loop_->gather) && loop_->direct.keeps_values();
 }
 
-void InputGradByBox::pack() {
+void InputGradByBox::begin() {
+    advise_grad_input(args_);
     weight_ = loop_->direct.packed_weight();
 }
 

@@ -275,13 +275,14 @@ class InputGradByBox {
     // Whether the convolution is pointwise, and the values are there as a tensor would hold them.
     bool keeps_values() const;
     // Before the first box.
-    void pack();
+    void begin();
     // Of pixels of all images, as one row; returns the gradient of the output, [pixel][out channel], which
     // stays there until the thread's next call.
     const float* operator()(Range pixels) const;
 
   private:
     struct Loop;
+    const ConvBackwardInput& args_;
     std::unique_ptr<Loop> loop_;
     const float* weight_ = nullptr;
 };

@@ -247,7 +247,7 @@ void conv_backward(const ConvBackwardInput& input, const ConvBackwardWeight& wei
         InputGradByBox input_grad(input, pool);
         const DirectLoop loop(weight, &input_grad, pool);
         if (input_grad.keeps_values() && loop.has_one_chunk()) {
-            input_grad.pack();
+            input_grad.begin();
             return loop.run();
         }
     }
