@@ -2,6 +2,7 @@
 // pixels.
 #include "cpu/conv_weight_grad.h"
 
+#include <utility>
 #include <vector>
 
 #include "cpu/conv_gather.h"
@@ -16,7 +17,10 @@ class DirectLoop : WeightGradTasks {
     DirectLoop(const ConvBackwardWeight& args, const InputGradByBox* input_grad, const ThreadPool& pool)
         : WeightGradTasks(args, flattened(args.shape), args.shape.kernel.h * args.shape.kernel.w, pool),
           row_step_(shape_.kernel.h == 1 ? shape_.stride.h : 1),
-          out_width_(std::min<int64_t>(kernels_.block, shape_.out_channels)),
+          rows_(kernels_.load_steps && shape_.in_channels >= kernels_.block ? RowsOf::out_channels
+                                                                            : RowsOf::in_channels),
+          row_width_(
+              std::min<int64_t>(kernels_.block, of_out() ? shape_.out_channels : shape_.in_channels)),
           input_grad_(input_grad) {}
 
     // Whether a box is loaded once, for all channels.
@@ -32,7 +36,7 @@ class DirectLoop : WeightGradTasks {
             [&](const Boxes& boxes, Range range, const Chunk& chunk, float* words, float* sums) {
                 sum(boxes, range, chunk, words, sums);
             },
-            [&](const Chunk& chunk, const float* sums) { store(chunk, sums, RowsOf::out_channels); });
+            [&](const Chunk& chunk, const float* sums) { store(chunk, sums, rows_); });
     }
 
   private:
@@ -54,6 +58,11 @@ class DirectLoop : WeightGradTasks {
                                    (shape_.kernel.h - 1) * shape_.dilation.h + 1;
     }
 
+    // Whether the rows of the sums are out channels, and the lanes in channels. What the kernel's rows
+    // shift is then not the operand that tiles load faster from where lines of the cache begin. But few
+    // channels fill rows better than lanes.
+    bool of_out() const { return rows_ == RowsOf::out_channels; }
+
     // Rows of the output that are multiplied as one: those of an image which are neighbours in the patch.
     int64_t rows_of_run(const Box& box) const {
         return row_step_ > 1 || shape_.stride.h == 1 ? box.rows.size() : 1;
@@ -61,27 +70,38 @@ class DirectLoop : WeightGradTasks {
     int64_t runs_of(const Box& box) const { return box.images.size() * box.rows.size() / rows_of_run(box); }
     int64_t steps_of_run(const Box& box) const { return rows_of_run(box) * steps(box.columns.size()); }
     // What a run of the gradient takes of each channel.
-    int64_t words_of_run(const Box& box) const {
-        return kernels_.load_steps ? Slots(steps_of_run(box)).count * Slots::kSize : steps_of_run(box);
+    int64_t grad_run(const Box& box) const {
+        return of_out() ? Slots(steps_of_run(box)).count * Slots::kSize : steps_of_run(box);
+    }
+    int64_t grad_steps(const Box& box) const { return runs_of(box) * grad_run(box); }
+    int64_t input_steps(const Box& box) const {
+        return box.images.size() * patch_rows(box) * steps(box.columns.size());
     }
 
     int64_t words_of_operands(const Box& largest) const {
-        const int64_t input_steps =
-            largest.images.size() * patch_rows(largest) * steps(largest.columns.size());
-        return runs_of(largest) * words_of_run(largest) * out_chunk_ +
-               input_steps * shape_.kernel.w * in_chunk_;
+        return grad_steps(largest) * out_chunk_ + input_steps(largest) * shape_.kernel.w * in_chunk_;
     }
 
-    // A box's operands, as words.
+    // A box's words of an operand.
     struct Words {
-        float *grad, *input;
-        int64_t grad_block, input_block;  // from one block of channels to the next
-        int64_t grad_run;                 // from one run of the gradient to the next
-        int64_t grad_channel, grad_step;  // from one channel of it, or step, to the next
-        int64_t row_steps, run_steps, in_blocks;
+        float* data;
+        int64_t channels;
+        int64_t plane;  // from what one column of the kernel sees to the next; 0: all see the same
+        int64_t block;  // from one block of channels to the next
+        int64_t channel,
+            step;  // from one channel to the next, where they are rows; from one step to the next
+    };
+    struct Operands {
+        Words grad, input;
     };
 
-    // sums[tap][out channel][in channel] over some boxes
+    Words words_of(float* data, int64_t channels, int64_t steps, bool rows) const {
+        const int64_t width = rows ? row_width_ : kernels_.block;
+        const bool by_steps = rows && kernels_.load_steps;
+        return {data, channels, 0, steps * width, by_steps ? steps : 1, by_steps ? 1 : width};
+    }
+
+    // The sums of each tap, [row][lane], over some boxes.
     void sum(const Boxes& boxes, Range range, const Chunk& chunk, float* words, float* sums) const {
         for (int64_t index = range.begin; index < range.end; ++index) {
             const Box box = boxes[index];
@@ -92,39 +112,36 @@ class DirectLoop : WeightGradTasks {
         }
     }
 
-    Words load(const Box& box, const Chunk& chunk, float* words) const {
-        const int64_t grad_words = runs_of(box) * words_of_run(box);
-        Words loaded{};
-        loaded.row_steps = steps(box.columns.size());
-        loaded.run_steps = steps_of_run(box);
-        loaded.grad_block = grad_words * out_width_;
-        loaded.grad_channel = kernels_.load_steps ? grad_words : 1;
-        loaded.grad_step = kernels_.load_steps ? 1 : out_width_;
-        loaded.grad_run = words_of_run(box) * loaded.grad_step;
-        loaded.input_block = box.images.size() * patch_rows(box) * loaded.row_steps * kernels_.block;
-        loaded.in_blocks = ceil_div(chunk.in_channels.size(), kernels_.block);
-        loaded.grad = words;
-        loaded.input = words + ceil_div(chunk.out_channels.size(), out_width_) * loaded.grad_block;
-        load_grad(box, chunk.out_channels, loaded);
-        for (int64_t kw = 0; kw < shape_.kernel.w; ++kw) load_input(box, chunk.in_channels, kw, loaded);
+    Operands load(const Box& box, const Chunk& chunk, float* words) const {
+        Operands loaded{};
+        loaded.grad = words_of(words, chunk.out_channels.size(), grad_steps(box), of_out());
+        float* const input =
+            words +
+            ceil_div(loaded.grad.channels, of_out() ? row_width_ : kernels_.block) * loaded.grad.block;
+        loaded.input = words_of(input, chunk.in_channels.size(), input_steps(box), !of_out());
+        loaded.input.plane =
+            ceil_div(loaded.input.channels, of_out() ? kernels_.block : row_width_) * loaded.input.block;
+        load_grad(box, chunk.out_channels, loaded.grad);
+        for (int64_t kw = 0; kw < shape_.kernel.w; ++kw)
+            load_input(box, chunk.in_channels, kw, loaded.input);
         return loaded;
     }
 
-    void multiply(const Box& box, const Chunk& chunk, const Words& words, bool add, float* sums,
+    void multiply(const Box& box, const Chunk& chunk, const Operands& words, bool add, float* sums,
                   Prefetch& prefetch) const {
-        const int64_t patch = patch_rows(box);
-        std::vector<int64_t> runs(runs_of(box)), input_runs(runs.size());
-        for (size_t run = 0; run < runs.size(); ++run)
-            runs[run] = static_cast<int64_t>(run) * words.grad_run;
+        std::vector<int64_t> grad_runs(runs_of(box)), input_runs(grad_runs.size());
+        for (size_t run = 0; run < grad_runs.size(); ++run)
+            grad_runs[run] = static_cast<int64_t>(run) * grad_run(box) * words.grad.step;
+        const Words& rows = of_out() ? words.grad : words.input;
         MultiplyTile tile{};
-        tile.row_stride = words.grad_channel;
-        tile.step_stride = words.grad_step;
-        tile.runs = runs.data();
-        tile.run_count = static_cast<int64_t>(runs.size());
-        tile.steps = words.run_steps;
-        tile.b_runs = input_runs.data();
-        tile.in_slots = true;
-        tile.sums_stride = in_chunk_;
+        tile.row_stride = rows.channel;
+        tile.step_stride = rows.step;
+        tile.runs = (of_out() ? grad_runs : input_runs).data();
+        tile.b_runs = (of_out() ? input_runs : grad_runs).data();
+        tile.in_slots = of_out();
+        tile.run_count = runs_of(box);
+        tile.steps = steps_of_run(box);
+        tile.sums_stride = of_out() ? in_chunk_ : out_chunk_;
         tile.add = add;
         for (int64_t kh = 0; kh < shape_.kernel.h; ++kh) {
             for (int64_t run = 0; run < tile.run_count; ++run) {
@@ -132,29 +149,32 @@ class DirectLoop : WeightGradTasks {
                 const int64_t image = out_row / box.rows.size(), row = out_row % box.rows.size();
                 const int64_t patch_row =
                     row_step_ > 1 ? row : row * shape_.stride.h + kh * shape_.dilation.h;
-                input_runs[run] = (image * patch + patch_row) * words.row_steps * kernels_.block;
+                input_runs[run] =
+                    (image * patch_rows(box) + patch_row) * steps(box.columns.size()) * words.input.step;
             }
             for (int64_t kw = 0; kw < shape_.kernel.w; ++kw) {
                 const int64_t tap = kh * shape_.kernel.w + kw;
-                multiply_tap(tile, chunk, words, kw, sums + tap * in_chunk_ * out_chunk_, prefetch);
+                multiply_tap(tile, words, kw, sums + tap * in_chunk_ * out_chunk_, prefetch);
             }
         }
     }
 
     // All pairs of channels of a chunk, for one entry of the kernel; kw is its column.
-    void multiply_tap(MultiplyTile tile, const Chunk& chunk, const Words& words, int64_t kw, float* sums,
+    void multiply_tap(MultiplyTile tile, const Operands& words, int64_t kw, float* sums,
                       Prefetch& prefetch) const {
-        for (int64_t n = 0; n < chunk.in_channels.size(); n += kernels_.block) {
-            tile.b = words.input + (kw * words.in_blocks + n / kernels_.block) * words.input_block;
-            tile.vectors = cpu::vectors_of(kernels_, chunk.in_channels.size() - n);
-            for (int64_t m = 0; m < chunk.out_channels.size(); m += out_width_) {
-                const int64_t width = std::min(out_width_, chunk.out_channels.size() - m);
+        const Words& rows = of_out() ? words.grad : words.input;
+        const Words& lanes = of_out() ? words.input : words.grad;
+        for (int64_t n = 0; n < lanes.channels; n += kernels_.block) {
+            tile.b = lanes.data + kw * lanes.plane + n / kernels_.block * lanes.block;
+            tile.vectors = cpu::vectors_of(kernels_, lanes.channels - n);
+            for (int64_t m = 0; m < rows.channels; m += row_width_) {
+                const int64_t width = std::min(row_width_, rows.channels - m);
                 const int64_t groups = ceil_div(width, kernels_.tile_rows);
                 for (int64_t group = 0; group < groups; ++group) {
                     const Range channels = part(width, groups, group, kernels_.row_grain);
-                    tile.a = words.grad + m / out_width_ * words.grad_block +
-                             channels.begin * words.grad_channel;
-                    tile.sums = sums + (m + channels.begin) * in_chunk_ + n;
+                    tile.a = rows.data + kw * rows.plane + m / row_width_ * rows.block +
+                             channels.begin * rows.channel;
+                    tile.sums = sums + (m + channels.begin) * tile.sums_stride + n;
                     tile.rows = static_cast<int>(channels.size());
                     prefetch.step();
                     kernels_.multiply(tile);
@@ -164,45 +184,48 @@ class DirectLoop : WeightGradTasks {
     }
 
     int64_t multiplications(const Chunk& chunk) const {
-        return taps_ * ceil_div(out_width_, kernels_.tile_rows) *
-               ceil_div(chunk.out_channels.size(), out_width_) *
-               ceil_div(chunk.in_channels.size(), kernels_.block);
+        const auto [rows, lanes] = of_out() ? std::pair(chunk.out_channels, chunk.in_channels)
+                                            : std::pair(chunk.in_channels, chunk.out_channels);
+        return taps_ * ceil_div(row_width_, kernels_.tile_rows) * ceil_div(rows.size(), row_width_) *
+               ceil_div(lanes.size(), kernels_.block);
     }
 
-    void load_grad(const Box& box, Range channels, const Words& loaded) const {
+    // To `step` of the run of `steps` that begins at `words`.
+    void load_row(const PixelRow& row, const Words& to, bool rows, float* words, int64_t step,
+                  int64_t steps) const {
+        if (rows && kernels_.load_steps) return kernels_.load_steps(row, words, to.channel, step, steps);
+        kernels_.load_pixels(row, rows ? row_width_ : kernels_.block, words + step * to.step, to.block);
+    }
+
+    void load_grad(const Box& box, Range channels, const Words& to) const {
         PixelRow pixels{};
         pixels.column_step = 1;
         pixels.columns = box.columns.size();
         pixels.channels = channels.size();
-        int64_t first_step = 0;  // of the row in its run
-        float* words = loaded.grad;
-        const auto load_row = [&](const PixelRow& row) {
-            if (kernels_.load_steps)
-                kernels_.load_steps(row, words, loaded.grad_channel, first_step, loaded.run_steps);
-            else
-                kernels_.load_pixels(row, out_width_, words + first_step * loaded.grad_step,
-                                     loaded.grad_block);
-            first_step += loaded.row_steps;
-            if (first_step < loaded.run_steps) return;
-            first_step = 0;
-            words += loaded.grad_run;
+        int64_t step = 0;
+        float* run = to.data;
+        const auto load = [&](const PixelRow& row) {
+            load_row(row, to, of_out(), run, step, steps_of_run(box));
+            step += steps(row.columns);
+            if (step < steps_of_run(box)) return;
+            step = 0;
+            run += grad_run(box) * to.step;
         };
         if (input_grad_) {
             // Of the box alone, and as they are.
             pixels.row = (*input_grad_)(box.columns);
             pixels.width = pixels.columns;
             pixels.pixel_stride = pixels.channels;
-            return load_row(pixels);
+            return load(pixels);
         }
         pixels.column = box.columns.begin;
         pixels.first_channel = channels.begin;
         visit_rows(args_.grad, args_.dtype, shape_.out, shape_.out_channels,
-                   {box.images, box.rows.begin, 1, box.rows.size()}, pixels, load_row);
+                   {box.images, box.rows.begin, 1, box.rows.size()}, pixels, load);
     }
 
     // What one column of the kernel sees.
-    void load_input(const Box& box, Range channels, int64_t kw, const Words& loaded) const {
-        float* words = loaded.input + kw * loaded.in_blocks * loaded.input_block;
+    void load_input(const Box& box, Range channels, int64_t kw, const Words& to) const {
         PixelRow pixels{};
         pixels.column = box.columns.begin * shape_.stride.w - shape_.padding.w + kw * shape_.dilation.w;
         pixels.column_step = shape_.stride.w;
@@ -211,15 +234,18 @@ class DirectLoop : WeightGradTasks {
         pixels.channels = channels.size();
         const ImageRows rows{box.images, box.rows.begin * shape_.stride.h - shape_.padding.h, row_step_,
                              patch_rows(box)};
+        int64_t step = 0;
         visit_rows(args_.input, args_.dtype, shape_.in, shape_.in_channels, rows, pixels,
                    [&](const PixelRow& row) {
-                       kernels_.load_pixels(row, kernels_.block, words, loaded.input_block);
-                       words += loaded.row_steps * kernels_.block;
+                       // Full slots, without a gap: where runs begin depends on the kernel's row.
+                       load_row(row, to, !of_out(), to.data + kw * to.plane, step, Slots::kSize);
+                       step += steps(row.columns);
                    });
     }
 
-    const int64_t row_step_;   // input rows from one row of a patch to the next
-    const int64_t out_width_;  // words of a step of the gradient
+    const int64_t row_step_;  // input rows from one row of a patch to the next
+    const RowsOf rows_;
+    const int64_t row_width_;  // channels of a block of rows
     const InputGradByBox* const input_grad_;
 };
 
