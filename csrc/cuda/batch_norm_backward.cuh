@@ -182,4 +182,22 @@ void run(const BnBackward& args, const Source& grad, const Source& after, bool m
            masked_already, coefficients);
 }
 
+// Of gradients as they are in memory. Each layout is compiled in a file of its own: nvcc takes its time.
+template <bool channels_last>
+void batch_norm_backward_in(const BnBackward& args, void* workspace, Stream stream) {
+    const bool vectors = fills_vectors(args.shape) && vector_aligned({args.grad, args.input, args.output,
+                                                                      args.grad_input, args.grad_residual});
+    with_access(args.shape.dtype, vectors, [&](auto access) {
+        using A = decltype(access);
+        using T = typename A::Element;
+        if (args.shape.channels == 0 || batch_norm_backward_on_chip(args, workspace, stream)) return;
+        const bool masked = args.grad_residual != nullptr;
+        const StoredGrad<T> grad{static_cast<const T*>(args.grad)};
+        const StoredGrad<T> after{static_cast<const T*>(masked ? args.grad_residual : args.grad)};
+        run<A, channels_last>(args, grad, after, masked, workspace, stream);
+    });
+}
+extern template void batch_norm_backward_in<true>(const BnBackward&, void*, Stream);
+extern template void batch_norm_backward_in<false>(const BnBackward&, void*, Stream);
+
 }  // namespace fastres::cuda

@@ -1,0 +1,7 @@
+#include "cuda/batch_norm_backward.cuh"
+
+namespace fastres::cuda {
+
+template void batch_norm_backward_in<false>(const BnBackward&, void*, Stream);
+
+}  // namespace fastres::cuda
