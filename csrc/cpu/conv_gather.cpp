@@ -22,8 +22,7 @@ class DirectLoop final : public GatherLoop {
     DirectLoop(const Gather& args, const ThreadPool& pool)
         : GatherLoop(args, pool),
           k_block_(block_of_k()),
-          in_place_(is_one_row(args) && kernels_.pack * size_of(args.dtype) == sizeof(float) &&
-                    args.in_channels % kernels_.pack == 0 && args.input.prologue.kind == Prologue::none) {}
+          in_place_(is_one_row(args) && words_are_values() && args.input.prologue.kind == Prologue::none) {}
 
     int64_t packed_floats() const override { return n_blocks_ * taps_ * k_words_ * kernels_.block; }
 
@@ -50,15 +49,17 @@ class DirectLoop final : public GatherLoop {
     }
 
     // Whether these are all of its values, as the prologue makes them, in the order of its own memory.
-    bool keeps_values() const {
-        return k_block_ >= k_words_ && !in_place_ &&
-               kernels_.pack * size_of(args_.dtype) == sizeof(float) &&
-               args_.in_channels % kernels_.pack == 0;
-    }
+    bool keeps_values() const { return k_block_ >= k_words_ && !in_place_ && words_are_values(); }
 
     using GatherLoop::packed_weight;
 
   private:
+    // Whether a pixel's words are its channels as a tensor holds them.
+    bool words_are_values() const {
+        return kernels_.pack * size_of(args_.dtype) == sizeof(float) &&
+               args_.in_channels % kernels_.pack == 0;
+    }
+
     // Smaller boxes only where there would be too little for each thread, however the channels are cut.
     int64_t pixels_of_box() const {
         constexpr int64_t least = 28;

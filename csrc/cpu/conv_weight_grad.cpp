@@ -85,11 +85,15 @@ class DirectLoop : WeightGradTasks {
     // A box's words of an operand.
     struct Words {
         float* data;
-        int64_t channels;
-        int64_t plane;  // from what one column of the kernel sees to the next; 0: all see the same
-        int64_t block;  // from one block of channels to the next
-        int64_t channel,
-            step;  // from one channel to the next, where they are rows; from one step to the next
+        int64_t channels, width;  // width: those of a block
+        bool by_steps;            // as load_steps leaves them; else as load_pixels does
+        int64_t plane;            // from what a column of the kernel sees to the next; 0: all see the same
+        int64_t block;            // from one block of channels to the next
+        int64_t channel;          // from one channel to the next, where they are rows
+        int64_t step;             // from one step to the next
+
+        // Of what one column of the kernel sees.
+        int64_t size() const { return ceil_div(channels, width) * block; }
     };
     struct Operands {
         Words grad, input;
@@ -98,7 +102,15 @@ class DirectLoop : WeightGradTasks {
     Words words_of(float* data, int64_t channels, int64_t steps, bool rows) const {
         const int64_t width = rows ? row_width_ : kernels_.block;
         const bool by_steps = rows && kernels_.load_steps;
-        return {data, channels, 0, steps * width, by_steps ? steps : 1, by_steps ? 1 : width};
+        Words words{};
+        words.data = data;
+        words.channels = channels;
+        words.width = width;
+        words.by_steps = by_steps;
+        words.block = steps * width;
+        words.channel = by_steps ? steps : 1;
+        words.step = by_steps ? 1 : width;
+        return words;
     }
 
     // The sums of each tap, [row][lane], over some boxes.
@@ -115,12 +127,9 @@ class DirectLoop : WeightGradTasks {
     Operands load(const Box& box, const Chunk& chunk, float* words) const {
         Operands loaded{};
         loaded.grad = words_of(words, chunk.out_channels.size(), grad_steps(box), of_out());
-        float* const input =
-            words +
-            ceil_div(loaded.grad.channels, of_out() ? row_width_ : kernels_.block) * loaded.grad.block;
-        loaded.input = words_of(input, chunk.in_channels.size(), input_steps(box), !of_out());
-        loaded.input.plane =
-            ceil_div(loaded.input.channels, of_out() ? kernels_.block : row_width_) * loaded.input.block;
+        loaded.input =
+            words_of(words + loaded.grad.size(), chunk.in_channels.size(), input_steps(box), !of_out());
+        loaded.input.plane = loaded.input.size();
         load_grad(box, chunk.out_channels, loaded.grad);
         for (int64_t kw = 0; kw < shape_.kernel.w; ++kw)
             load_input(box, chunk.in_channels, kw, loaded.input);
@@ -164,15 +173,15 @@ class DirectLoop : WeightGradTasks {
                       Prefetch& prefetch) const {
         const Words& rows = of_out() ? words.grad : words.input;
         const Words& lanes = of_out() ? words.input : words.grad;
-        for (int64_t n = 0; n < lanes.channels; n += kernels_.block) {
-            tile.b = lanes.data + kw * lanes.plane + n / kernels_.block * lanes.block;
+        for (int64_t n = 0; n < lanes.channels; n += lanes.width) {
+            tile.b = lanes.data + kw * lanes.plane + n / lanes.width * lanes.block;
             tile.vectors = cpu::vectors_of(kernels_, lanes.channels - n);
-            for (int64_t m = 0; m < rows.channels; m += row_width_) {
-                const int64_t width = std::min(row_width_, rows.channels - m);
+            for (int64_t m = 0; m < rows.channels; m += rows.width) {
+                const int64_t width = std::min(rows.width, rows.channels - m);
                 const int64_t groups = ceil_div(width, kernels_.tile_rows);
                 for (int64_t group = 0; group < groups; ++group) {
                     const Range channels = part(width, groups, group, kernels_.row_grain);
-                    tile.a = rows.data + kw * rows.plane + m / row_width_ * rows.block +
+                    tile.a = rows.data + kw * rows.plane + m / rows.width * rows.block +
                              channels.begin * rows.channel;
                     tile.sums = sums + (m + channels.begin) * tile.sums_stride + n;
                     tile.rows = static_cast<int>(channels.size());
@@ -191,10 +200,9 @@ class DirectLoop : WeightGradTasks {
     }
 
     // To `step` of the run of `steps` that begins at `words`.
-    void load_row(const PixelRow& row, const Words& to, bool rows, float* words, int64_t step,
-                  int64_t steps) const {
-        if (rows && kernels_.load_steps) return kernels_.load_steps(row, words, to.channel, step, steps);
-        kernels_.load_pixels(row, rows ? row_width_ : kernels_.block, words + step * to.step, to.block);
+    void load_row(const PixelRow& row, const Words& to, float* words, int64_t step, int64_t steps) const {
+        if (to.by_steps) return kernels_.load_steps(row, words, to.channel, step, steps);
+        kernels_.load_pixels(row, to.width, words + step * to.step, to.block);
     }
 
     void load_grad(const Box& box, Range channels, const Words& to) const {
@@ -205,7 +213,7 @@ class DirectLoop : WeightGradTasks {
         int64_t step = 0;
         float* run = to.data;
         const auto load = [&](const PixelRow& row) {
-            load_row(row, to, of_out(), run, step, steps_of_run(box));
+            load_row(row, to, run, step, steps_of_run(box));
             step += steps(row.columns);
             if (step < steps_of_run(box)) return;
             step = 0;
@@ -238,7 +246,7 @@ class DirectLoop : WeightGradTasks {
         visit_rows(args_.input, args_.dtype, shape_.in, shape_.in_channels, rows, pixels,
                    [&](const PixelRow& row) {
                        // Full slots, without a gap: where runs begin depends on the kernel's row.
-                       load_row(row, to, !of_out(), to.data + kw * to.plane, step, Slots::kSize);
+                       load_row(row, to, to.data + kw * to.plane, step, Slots::kSize);
                        step += steps(row.columns);
                    });
     }
