@@ -83,8 +83,8 @@ FAULTS = {
     "configured once": ("if (differs)", "if (loaded.palette == 0)", "heap-buffer-overflow"),
     "the last steps are left out": ("if (rest > 0)", "if (rest < 0)", "wrong sums"),
     "the last steps alone are left": (
-        "{tile.steps - rest, 1, rest, rest}, true)",
-        "{tile.steps - rest, 1, rest, rest}, false)",
+        "{tile.steps - rest, 1, rest, rest, 0}, true)",
+        "{tile.steps - rest, 1, rest, rest, 0}, false)",
         "wrong sums",
     ),
     "sums that do not begin at zero": ("amx::zero<kSumsTile + 3>();", ";", "wrong sums"),

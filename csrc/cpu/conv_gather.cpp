@@ -63,12 +63,21 @@ class DirectLoop final : public GatherLoop {
     // Smaller boxes only where there would be too little for each thread, however the channels are cut.
     int64_t pixels_of_box() const {
         constexpr int64_t least = 28;
-        const int64_t usual = 200 - 200 % kernels_.row_grain;
+        const int64_t usual = usual_pixels();
         const int64_t boxes_wanted = ceil_div(pool_.threads(), n_blocks_);
         return std::clamp(pixels() / boxes_wanted, least, usual);
     }
 
+    int64_t usual_pixels() const {
+        if (kernels_.row_grain == 1) return 200;
+        // The weights of many taps are read from the outer caches, once for each box.
+        constexpr int64_t least = 7 * 32, most = 25 * 32, words_in_cache = 256 * 1024;
+        return taps_ == 1 ? least : std::clamp(words_in_cache / k_words_ / 32 * 32, least, most);
+    }
+
     int64_t block_of_k() const {
+        // Tiles add up to what is there by way of memory.
+        if (kernels_.row_grain > 1) return k_words_;
         // PyTorch's sums are the more exact ones of few pixels, where also the batch norm's errors hide
         // less, and of many taps. Only of one tap the order of a packed weight does not depend on this.
         constexpr int64_t few_pixels = 512, most_words = 256;
@@ -211,6 +220,7 @@ class DirectLoop final : public GatherLoop {
         tile.steps = merged ? k_words * static_cast<int64_t>(args_.columns.taps.size()) : k_words;
         tile.sums_stride = sums.stride;
         tile.add = k > 0;
+        tile.prefetch = &prefetch;
         const bool last = k + k_words == k_words_;
         const int64_t block = kernels_.block, width = box.columns.size();
         const Stretch& stretch = sums.stretch;
@@ -243,7 +253,6 @@ class DirectLoop final : public GatherLoop {
             tile.b = weight + (n * k_words_ + k) * taps_ * block;
             tile.sums = sums.data + (sums.of_tile ? 0 : first * sums.stride + channel);
             tile.vectors = cpu::vectors_of(kernels_, args_.out_channels - n * block);
-            prefetch.step();
             if (taps_ > 0) kernels_.multiply(tile);
             for (const Strip& strip : strips)
                 store({tile.sums + strip.first * sums.stride, sums.stride, strip.pixels}, n * block,

@@ -10,6 +10,7 @@
 
 #include "core/dtype.h"
 #include "cpu/mask.h"
+#include "cpu/prefetch.h"
 
 namespace fastres::cpu {
 
@@ -26,6 +27,7 @@ struct MultiplyTile {
     bool add;
     const int64_t* b_runs = nullptr;  // words of b: where each run begins; null: where the last one ends
     bool in_slots = false;            // the steps of a lie as load_steps left them
+    Prefetch* prefetch = nullptr;     // a step of which is done meanwhile; null: nothing
 };
 
 // A vector of output channels, each of which sums the words of its own group alone:

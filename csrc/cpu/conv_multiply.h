@@ -117,13 +117,19 @@ FASTRES_ALWAYS void multiply_rows(const MultiplyTile& tile) {
     }
 }
 
-template <class Words, int tile_rows, int tile_vectors, int vectors = tile_vectors>
-void multiply(const MultiplyTile& tile) {
+template <class Words, int tile_rows, int tile_vectors, int vectors>
+FASTRES_ALWAYS void multiply_vectors(const MultiplyTile& tile) {
     if constexpr (vectors > 0) {
         constexpr int block = tile_vectors * kLanes<float>;
         if (tile.vectors == vectors) return multiply_rows<Words, tile_rows, vectors, block>(tile);
-        multiply<Words, tile_rows, tile_vectors, vectors - 1>(tile);
+        multiply_vectors<Words, tile_rows, tile_vectors, vectors - 1>(tile);
     }
+}
+
+template <class Words, int tile_rows, int tile_vectors>
+void multiply(const MultiplyTile& tile) {
+    if (tile.prefetch) tile.prefetch->fetch(tile.prefetch->lines_of_part(1));
+    multiply_vectors<Words, tile_rows, tile_vectors, tile_vectors>(tile);
 }
 
 }  // namespace fastres::cpu::FASTRES_ISA

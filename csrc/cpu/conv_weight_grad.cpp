@@ -120,7 +120,7 @@ class DirectLoop : WeightGradTasks {
             Prefetch prefetch;
             if (index + 1 < range.end) fetch(boxes[index + 1], chunk, prefetch);
             prefetch.spread(multiplications(chunk));
-            multiply(box, chunk, load(box, chunk, words), index > range.begin, sums, prefetch);
+            multiply(box, load(box, chunk, words), index > range.begin, sums, prefetch);
         }
     }
 
@@ -136,8 +136,7 @@ class DirectLoop : WeightGradTasks {
         return loaded;
     }
 
-    void multiply(const Box& box, const Chunk& chunk, const Operands& words, bool add, float* sums,
-                  Prefetch& prefetch) const {
+    void multiply(const Box& box, const Operands& words, bool add, float* sums, Prefetch& prefetch) const {
         std::vector<int64_t> grad_runs(runs_of(box)), input_runs(grad_runs.size());
         for (size_t run = 0; run < grad_runs.size(); ++run)
             grad_runs[run] = static_cast<int64_t>(run) * grad_run(box) * words.grad.step;
@@ -152,6 +151,7 @@ class DirectLoop : WeightGradTasks {
         tile.steps = steps_of_run(box);
         tile.sums_stride = of_out() ? in_chunk_ : out_chunk_;
         tile.add = add;
+        tile.prefetch = &prefetch;
         for (int64_t kh = 0; kh < shape_.kernel.h; ++kh) {
             for (int64_t run = 0; run < tile.run_count; ++run) {
                 const int64_t out_row = run * rows_of_run(box);
@@ -163,14 +163,13 @@ class DirectLoop : WeightGradTasks {
             }
             for (int64_t kw = 0; kw < shape_.kernel.w; ++kw) {
                 const int64_t tap = kh * shape_.kernel.w + kw;
-                multiply_tap(tile, words, kw, sums + tap * in_chunk_ * out_chunk_, prefetch);
+                multiply_tap(tile, words, kw, sums + tap * in_chunk_ * out_chunk_);
             }
         }
     }
 
     // All pairs of channels of a chunk, for one entry of the kernel; kw is its column.
-    void multiply_tap(MultiplyTile tile, const Operands& words, int64_t kw, float* sums,
-                      Prefetch& prefetch) const {
+    void multiply_tap(MultiplyTile tile, const Operands& words, int64_t kw, float* sums) const {
         const Words& rows = of_out() ? words.grad : words.input;
         const Words& lanes = of_out() ? words.input : words.grad;
         for (int64_t n = 0; n < lanes.channels; n += lanes.width) {
@@ -185,7 +184,6 @@ class DirectLoop : WeightGradTasks {
                              channels.begin * rows.channel;
                     tile.sums = sums + (m + channels.begin) * tile.sums_stride + n;
                     tile.rows = static_cast<int>(channels.size());
-                    prefetch.step();
                     kernels_.multiply(tile);
                 }
             }

@@ -1,4 +1,7 @@
 // Fetching what a task will read next into the core's cache, a little at a time, while it computes.
+//
+// What the loops of an instruction set call is always inlined: a copy of its own that the linker finds
+// first would be everyone's.
 #pragma once
 
 #include <algorithm>
@@ -18,8 +21,15 @@ class Prefetch {
     // Spreads all that was added over so many steps.
     void spread(int64_t steps) { lines_a_step_ = (lines_ + steps - 1) / std::max<int64_t>(1, steps); }
 
-    void step() {
-        for (int64_t line = 0; line < lines_a_step_ && current_ < count_; ++line) {
+    void step() { fetch(lines_a_step_); }
+
+    // Lines of the cache, of a step that is done in so many parts.
+    [[gnu::always_inline]] int64_t lines_of_part(int64_t parts) const {
+        return (lines_a_step_ + parts - 1) / parts;
+    }
+
+    [[gnu::always_inline]] void fetch(int64_t lines) {
+        for (; lines > 0 && current_ < count_; --lines) {
             Operand& operand = operands_[current_];
             __builtin_prefetch(operand.data + offset_, /*write=*/0, /*locality=*/2);
             offset_ += kLine;
