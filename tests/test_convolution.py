@@ -5,6 +5,7 @@ import torch
 from accuracy import FACTOR, rms
 from convolving import (
     EPILOGUE_SHAPES,
+    KERNELS,
     NAMES,
     SHAPES,
     UNIT_ROUNDOFF,
@@ -16,6 +17,7 @@ from convolving import (
     resnet50,
     stock,
 )
+from layers import channels_last
 from torch.nn import functional as F
 
 from fastres import _C
@@ -54,6 +56,23 @@ def test_resnet_is_as_accurate_as_stock(unit, shape):
 def test_larger_images_are_as_accurate_as_stock(shape):
     found = failures(ours(*shape.tensors(torch.float32), shape), shape, torch.float32, least_error=False)
     assert not found, "\n".join(found)
+
+
+def test_a_large_output_is_that_of_its_parts(unit):
+    """It is written past the caches, from 32 MiB on whatever the machine's are."""
+    shape = Shape(1, 8, 64, (640, 640), kernel=(1, 1))
+    input, weight, _ = shape.tensors(unit)
+    residual = channels_last(torch.randn(1, 64, 640, 640).to(unit))
+    rows = [slice(begin, begin + 80) for begin in range(0, 640, 80)]
+    with poisoned():
+        for given in (None, residual):
+            whole = KERNELS.conv_forward(input, weight, None, given, *shape.by, True)
+            for part in rows:
+                added = None if given is None else channels_last(given[:, :, part])
+                values = channels_last(input[:, :, part])
+                assert torch.equal(
+                    whole[:, :, part], KERNELS.conv_forward(values, weight, None, added, *shape.by, True)
+                )
 
 
 @pytest.mark.parametrize("kernel, channels", [(3, 48), (5, 48), (7, 32)])

@@ -146,7 +146,7 @@ Ints place(const Sequence& all, const std::vector<void*>& memory, int64_t elemen
             // A sum may take the place of its addend, each value of which is read before its own is
             // written; but what is written past the caches takes longer where it was in them: batch 16
             // 0.95x as fast.
-            in_place = residual != input && dies(residual) && bytes < cpu::kStreamingBytes;
+            in_place = residual != input && dies(residual) && bytes < cpu::streaming_bytes();
             block_of[value] = in_place ? block_of[residual] : blocks.take(bytes);
         }
         if (dies(input)) blocks.give_back(block_of[input]);

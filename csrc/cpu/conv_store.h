@@ -7,19 +7,30 @@
 namespace fastres::cpu::FASTRES_ISA {
 
 // What is done with the sums on their way.
-enum class Epilogue { none, moments, activation };
+enum class Epilogue { none, moments, activation, residual_activation };
 
 // One vector of channels, or one channel, of a tile.
 template <class T, class Lane, Epilogue epilogue>
 struct StoreColumn {
+    static constexpr bool activates =
+        epilogue == Epilogue::activation || epilogue == Epilogue::residual_activation;
+
     const StoreTile& tile;
     int64_t c;
+    float floor;
     Lane scale, shift, about, sum, sum_of_squares;
 
     FASTRES_INLINE_BODY StoreColumn(const StoreTile& tile, int64_t c)
-        : tile(tile), c(c), scale(Lane{} + 1.0f), shift{}, about{}, sum{}, sum_of_squares{} {
+        : tile(tile),
+          c(c),
+          floor(tile.relu ? 0.0f : -__builtin_inff()),
+          scale(Lane{} + 1.0f),
+          shift{},
+          about{},
+          sum{},
+          sum_of_squares{} {
         if constexpr (epilogue == Epilogue::moments) about = load_as<Lane>(tile.about + c);
-        if constexpr (epilogue == Epilogue::activation) {
+        if constexpr (activates) {
             if (tile.scale) scale = load_as<Lane>(tile.scale + c);
             if (tile.shift) shift = load_as<Lane>(tile.shift + c);
         }
@@ -27,11 +38,11 @@ struct StoreColumn {
 
     FASTRES_INLINE_BODY Lane value(int row) const {
         Lane value = load_as<Lane>(tile.sums + row * tile.sums_stride + c);
-        if constexpr (epilogue == Epilogue::activation) {
+        if constexpr (activates) {
             value = value * scale + shift;
-            if (tile.residual)
+            if constexpr (epilogue == Epilogue::residual_activation)
                 value += load_as<Lane>(static_cast<const T*>(tile.residual) + row * tile.row_stride + c);
-            if (tile.relu) value = relu(value);
+            value = not_below(floor, value);
         }
         return value;
     }
@@ -53,8 +64,9 @@ struct StoreColumn {
     }
 };
 
+// Takes a copy: what is stored might else be the tile's own members, which are then read again.
 template <class T, bool stream, Epilogue epilogue>
-FASTRES_ALWAYS void store_columns(const StoreTile& tile) {
+FASTRES_ALWAYS void store_columns(const StoreTile tile) {
     constexpr int lanes = kLanes<float>;
     const int rows = tile.rows;
     int64_t c = 0;
@@ -96,8 +108,8 @@ FASTRES_ALWAYS void store_with(const StoreTile& tile) {
 template <class T>
 void store_tile(const StoreTile& tile) {
     if (tile.sum) return store_with<T, Epilogue::moments>(tile);
-    if (tile.scale || tile.shift || tile.residual || tile.relu)
-        return store_with<T, Epilogue::activation>(tile);
+    if (tile.residual) return store_with<T, Epilogue::residual_activation>(tile);
+    if (tile.scale || tile.shift || tile.relu) return store_with<T, Epilogue::activation>(tile);
     return store_with<T, Epilogue::none>(tile);
 }
 
