@@ -79,8 +79,11 @@ FAULTS = {
         "wanted.palette = 2;",
         "LDTILECFG: there is no such palette",
     ),
-    "never configured": ("if (differs) amx::load_config(wanted);", "", "no configuration is loaded"),
-    "configured once": ("if (differs)", "if (loaded.palette == 0)", "heap-buffer-overflow"),
+    "never configured": ("amx::load_config(wanted);", "", "no configuration is loaded"),
+    "configured once": ("configured.rows == rows &&", "configured.rows > 0 ||", "heap-buffer-overflow"),
+    "other rows alone": (" && configured.width == width", "", "heap-buffer-overflow"),
+    "other widths alone": ("configured.rows == rows && ", "", "heap-buffer-overflow"),
+    "remembered for ever": ("configured = {};", "", "no configuration is loaded"),
     "the last steps are left out": ("if (rest > 0)", "if (rest < 0)", "wrong sums"),
     "the last steps alone are left": (
         "{tile.steps - rest, 1, rest, rest, 0}, true)",

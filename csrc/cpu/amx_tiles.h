@@ -42,11 +42,6 @@ inline void load_config(const Config& config) {
     asm volatile("ldtilecfg %0" : : "m"(config) : "memory");
 }
 
-// That which is loaded; all zeros where none is.
-inline void store_config(Config& config) {
-    asm volatile("sttilecfg %0" : "=m"(config));
-}
-
 // Back to no configuration: the system has less to save when it runs another thread.
 inline void release() {
     asm volatile("tilerelease" : : : "memory");

@@ -158,7 +158,8 @@ struct ConvKernels {
     void (*transform_output)(const MatrixTransform&);
     void (*transform_output_grad)(const MatrixTransform&);
     void (*transform_weight_grad)(const MatrixTransform&);
-    // Gives back what multiply set up in the processor, at the end of a thread's task; null: nothing.
+    // Gives back what multiply set up in the processor, at the end of a thread's task and before it runs
+    // anything but these loops; null: nothing.
     void (*release)();
 };
 

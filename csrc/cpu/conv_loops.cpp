@@ -52,7 +52,7 @@ constexpr ConvKernels make_kernels() {
         kernels.row_grain = kAmxSide;
         kernels.multiply = multiply_amx<block>;
         kernels.load_steps = load_steps<Words, T>;
-        kernels.release = amx::release;
+        kernels.release = release_tiles;
     }
 #endif
     return kernels;

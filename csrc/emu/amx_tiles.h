@@ -53,10 +53,6 @@ inline void load_config(const Config& config) {
     state.config = config;
 }
 
-inline void store_config(Config& config) {
-    config = state.config;
-}
-
 template <int tile>
 void zero() {
     static_assert(tile >= 0 && tile < kTiles);
