@@ -71,8 +71,9 @@ class DirectLoop final : public GatherLoop {
     int64_t usual_pixels() const {
         if (kernels_.row_grain == 1) return 200;
         // The weights of many taps are read from the outer caches, once for each box.
-        constexpr int64_t least = 7 * 32, most = 25 * 32, words_in_cache = 256 * 1024;
-        return taps_ == 1 ? least : std::clamp(words_in_cache / k_words_ / 32 * 32, least, most);
+        constexpr int64_t words_in_cache = 256 * 1024;
+        const int64_t rows = kernels_.tile_rows, least = 7 * rows, most = 25 * rows;
+        return taps_ == 1 ? least : std::clamp(words_in_cache / k_words_ / rows * rows, least, most);
     }
 
     int64_t block_of_k() const {

@@ -128,7 +128,7 @@ FASTRES_ALWAYS void multiply_vectors(const MultiplyTile& tile) {
 
 template <class Words, int tile_rows, int tile_vectors>
 void multiply(const MultiplyTile& tile) {
-    if (tile.prefetch) tile.prefetch->fetch(tile.prefetch->lines_of_part(1));
+    if (tile.prefetch) tile.prefetch->step();
     multiply_vectors<Words, tile_rows, tile_vectors, tile_vectors>(tile);
 }
 

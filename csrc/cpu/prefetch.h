@@ -21,7 +21,7 @@ class Prefetch {
     // Spreads all that was added over so many steps.
     void spread(int64_t steps) { lines_a_step_ = (lines_ + steps - 1) / std::max<int64_t>(1, steps); }
 
-    void step() { fetch(lines_a_step_); }
+    [[gnu::always_inline]] void step() { fetch(lines_a_step_); }
 
     // Lines of the cache, of a step that is done in so many parts.
     [[gnu::always_inline]] int64_t lines_of_part(int64_t parts) const {
