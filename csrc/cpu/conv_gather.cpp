@@ -68,8 +68,11 @@ class DirectLoop final : public GatherLoop {
         return std::clamp(pixels() / boxes_wanted, least, usual);
     }
 
+    // Whether products are added up in tiles of many rows, as by AMX.
+    bool by_tiles() const { return kernels_.row_grain > 1; }
+
     int64_t usual_pixels() const {
-        if (kernels_.row_grain == 1) return 200;
+        if (!by_tiles()) return 200;
         // The weights of many taps are read from the outer caches, once for each box.
         constexpr int64_t words_in_cache = 256 * 1024;
         const int64_t rows = kernels_.tile_rows, least = 7 * rows, most = 25 * rows;
@@ -78,7 +81,7 @@ class DirectLoop final : public GatherLoop {
 
     int64_t block_of_k() const {
         // Tiles add up to what is there by way of memory.
-        if (kernels_.row_grain > 1) return k_words_;
+        if (by_tiles()) return k_words_;
         // PyTorch's sums are the more exact ones of few pixels, where also the batch norm's errors hide
         // less, and of many taps. Only of one tap the order of a packed weight does not depend on this.
         constexpr int64_t few_pixels = 512, most_words = 256;
@@ -175,7 +178,7 @@ class DirectLoop final : public GatherLoop {
     Stretch stretch_of(const Box& box, Axes patch) const {
         const int64_t width = box.columns.size(), rows = box.rows.size(), grain = kernels_.row_grain;
         const Stretch row{1, width, width};
-        if (grain == 1 || taps_ == 0 || args_.rows.patch_step() > 1 || args_.columns.patch_step() > 1)
+        if (!by_tiles() || taps_ == 0 || args_.rows.patch_step() > 1 || args_.columns.patch_step() > 1)
             return row;
         const Stretch image{rows, patch.w, (rows - 1) * patch.w + width};
         return ceil_div(image.pixels, grain) <= rows * ceil_div(width, grain) ? image : row;

@@ -139,7 +139,7 @@ void multiply_amx(const MultiplyTile& tile) {
     const Slots slots(tile.steps);
     const int64_t width = slots.steps, count = tile.steps / width, rest = tile.steps % width;
     const int64_t parts = tile.run_count * count * ((tile.vectors + 1) / 2);
-    const int64_t lines = tile.prefetch && parts > 0 ? tile.prefetch->lines_of_part(parts) : 0;
+    const int64_t lines = tile.prefetch ? tile.prefetch->lines_of_part(parts) : 0;
     multiply_amx_steps<block>(tile, {0, count, width, tile.in_slots ? kAmxSide : width, lines}, tile.add);
     if (rest > 0) multiply_amx_steps<block>(tile, {tile.steps - rest, 1, rest, rest, 0}, true);
 }
