@@ -76,7 +76,8 @@ class DirectLoop final : public GatherLoop {
         // The weights of many taps are read from the outer caches, once for each box.
         constexpr int64_t words_in_cache = 256 * 1024;
         const int64_t rows = kernels_.tile_rows, least = 7 * rows, most = 25 * rows;
-        return taps_ == 1 ? least : std::clamp(words_in_cache / k_words_ / rows * rows, least, most);
+        const int64_t words = k_words_ * args_.rows.patch_step() * args_.columns.patch_step();
+        return taps_ == 1 ? least : std::clamp(words_in_cache / words / rows * rows, least, most);
     }
 
     int64_t block_of_k() const {
@@ -141,9 +142,7 @@ class DirectLoop final : public GatherLoop {
                 multiply(box, patch, n_blocks, k, k_words, weight,
                          {input + box.columns.begin * k_words_ + k, k_words_}, of_box, prefetch);
             } else {
-                if (taps_ > 0)
-                    load_patch(box.images, box.rows.begin, box.columns.begin, patch, k * kernels_.pack,
-                               k_words, words);
+                if (taps_ > 0) load_patch(box, k * kernels_.pack, k_words, words);
                 multiply(box, patch, n_blocks, k, k_words, weight, {words, k_words}, of_box, prefetch);
             }
             k += k_words;
@@ -178,9 +177,9 @@ class DirectLoop final : public GatherLoop {
     Stretch stretch_of(const Box& box, Axes patch) const {
         const int64_t width = box.columns.size(), rows = box.rows.size(), grain = kernels_.row_grain;
         const Stretch row{1, width, width};
-        if (!by_tiles() || taps_ == 0 || args_.rows.patch_step() > 1 || args_.columns.patch_step() > 1)
-            return row;
-        const Stretch image{rows, patch.w, (rows - 1) * patch.w + width};
+        if (!by_tiles() || taps_ == 0) return row;
+        const int64_t pitch = patch.w / args_.columns.patch_step();
+        const Stretch image{rows, pitch, (rows - 1) * pitch + width};
         return ceil_div(image.pixels, grain) <= rows * ceil_div(width, grain) ? image : row;
     }
 
@@ -215,7 +214,7 @@ class DirectLoop final : public GatherLoop {
                   const float* weight, const Pixels& pixels, const Sums& sums, Prefetch& prefetch) const {
         // Taps that are neighbours in the patch are one run.
         const bool merged = taps_ > 0 && args_.columns.consecutive();
-        const std::vector<int64_t> runs = runs_of(patch, pixels.stride, merged);
+        const std::vector<int64_t> runs = runs_of(box, pixels.stride, merged);
         MultiplyTile tile{};
         tile.row_stride = args_.columns.patch_step() * pixels.stride;
         tile.step_stride = 1;
@@ -233,7 +232,7 @@ class DirectLoop final : public GatherLoop {
         std::vector<Strip> strips;
         const auto begin_group = [&](int64_t image, int64_t row, int64_t group) {
             const Range span = part(stretch.pixels, groups, group, kernels_.row_grain);
-            const int64_t patch_row = image * patch.h + row * args_.rows.patch_step();
+            const int64_t patch_row = image * patch.h + row;
             const int64_t stretch_begin = (image * box.rows.size() + row) * stretch.pitch;
             first = stretch_begin + span.begin;
             tile.a = pixels.words +

@@ -33,7 +33,11 @@ struct TapAxis {
     // A single tap skips the pixels between.
     int64_t load_step() const { return taps.size() == 1 ? step : 1; }
     int64_t patch_step() const { return taps.size() == 1 ? 1 : step; }
-    int64_t patch(int64_t grid) const { return (grid - 1) * patch_step() + span(); }
+    // What so many pixels of the grid see, in whole steps.
+    int64_t patch(int64_t grid) const { return (grid - 1 + ceil_div(span(), patch_step())) * patch_step(); }
+    RowOrder order(int64_t grid) const {
+        return {(grid - 1) * step + span(), step, taps.size() == 1 ? 1 : step};
+    }
     bool consecutive() const { return span() == static_cast<int64_t>(taps.size()); }
 };
 
@@ -128,36 +132,41 @@ class GatherLoop {
     // Pixels of the input that a box's of one image see.
     Axes patch_of(const Box& box) const {
         if (taps_ == 0) return {0, 0};
-        return {args_.rows.patch(box.rows.size()), args_.columns.patch(box.columns.size())};
+        return {args_.rows.order(box.rows.size()).count(), args_.columns.patch(box.columns.size())};
     }
 
     // Words of a patch from where a pixel of the grid begins to what each tap sees of it; or, where taps
     // that are neighbours are `merged` into one run, to what the first of each row sees.
-    std::vector<int64_t> runs_of(Axes patch, int64_t pixel_stride, bool merged) const {
+    std::vector<int64_t> runs_of(const Box& box, int64_t pixel_stride, bool merged) const {
         std::vector<int64_t> runs;
+        const int64_t width = patch_of(box).w;
         for (const Tap& row : args_.rows.taps) {
+            const int64_t place = args_.rows.order(box.rows.size()).place(row.offset - args_.rows.first());
             for (const Tap& column : args_.columns.taps) {
-                runs.push_back(
-                    ((row.offset - args_.rows.first()) * patch.w + column.offset - args_.columns.first()) *
-                    pixel_stride);
+                runs.push_back((place * width + column.offset - args_.columns.first()) * pixel_stride);
                 if (merged) break;
             }
         }
         return runs;
     }
 
-    // words[image][row][column][channel]: what the grid's pixels from `row` and `column` on see.
-    void load_patch(Range images, int64_t row, int64_t column, Axes patch, int64_t channel, int64_t k_words,
-                    float* words) const {
+    // words[image][row][column][channel]: what a box's pixels see, the rows by phases.
+    void load_patch(const Box& box, int64_t channel, int64_t k_words, float* words) const {
+        load_patch(box.images, box.rows.begin, box.columns.begin, args_.rows.order(box.rows.size()),
+                   patch_of(box).w, channel, k_words, words);
+    }
+
+    // The same of what the grid's pixels from `row` and `column` on see.
+    void load_patch(Range images, int64_t row, int64_t column, const RowOrder& order, int64_t columns,
+                    int64_t channel, int64_t k_words, float* words) const {
         PixelRow pixels{};
         pixels.column = column * args_.columns.step + args_.columns.first();
         pixels.column_step = args_.columns.load_step();
-        pixels.columns = patch.w;
+        pixels.columns = columns;
         pixels.first_channel = channel;
         pixels.channels = std::min(k_words * kernels_.pack, args_.in_channels - channel);
-        const ImageRows rows{images, row * args_.rows.step + args_.rows.first(), args_.rows.load_step(),
-                             patch.h};
-        load_rows(kernels_, args_.input, args_.dtype, args_.in, args_.in_channels, rows, pixels, words);
+        load_rows(kernels_, args_.input, args_.dtype, args_.in, args_.in_channels,
+                  {images, row * args_.rows.step + args_.rows.first(), order}, pixels, words);
     }
 
     // From the first of the input's pixels that a box sees to the last, and what lies between.

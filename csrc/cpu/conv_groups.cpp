@@ -98,10 +98,9 @@ class GroupLoop final : public GatherLoop {
         float* about = sums + sums_words;
         float* words = about + 3 * block;
         if (moments) std::fill_n(about, 3 * block, 0.0f);
-        if (taps_ > 0)
-            load_patch(box.images, box.rows.begin, box.columns.begin, patch, first, pixel_words, words);
+        if (taps_ > 0) load_patch(box, first, pixel_words, words);
 
-        const std::vector<int64_t> runs = runs_of(patch, pixel_words, three_taps_);
+        const std::vector<int64_t> runs = runs_of(box, pixel_words, three_taps_);
         MultiplyGroups tile{};
         tile.taps = three_taps_ ? 3 : 1;
         tile.pixel_step = static_cast<int>(three_taps_ ? args_.columns.step : 1);
@@ -117,8 +116,8 @@ class GroupLoop final : public GatherLoop {
             for (int64_t row = 0; row < box.rows.size(); ++row) {
                 for (int64_t index = 0; index < parts; ++index) {
                     const Range span = part(width, parts, index);
-                    const int64_t pixel = (image * patch.h + row * args_.rows.patch_step()) * patch.w +
-                                          span.begin * args_.columns.patch_step();
+                    const int64_t pixel =
+                        (image * patch.h + row) * patch.w + span.begin * args_.columns.patch_step();
                     tile.rows = static_cast<int>(span.size());
                     prefetch.step();
                     for (int64_t c = 0; c < channels; c += lanes_) {

@@ -105,7 +105,7 @@ class GroupLoop : WeightGradTasks {
         pixels.column_step = 1;
         pixels.columns = box.columns.size();
         visit_rows(args_.grad, args_.dtype, shape_.out, shape_.out_channels,
-                   {box.images, box.rows.begin, 1, box.rows.size()}, pixels, [&](const PixelRow& row) {
+                   {box.images, box.rows.begin, {box.rows.size()}}, pixels, [&](const PixelRow& row) {
                        kernels_.load_pixels(row, lanes_, words, grad_vector(box));
                        words += steps(box) * lanes_;
                    });
@@ -117,7 +117,7 @@ class GroupLoop : WeightGradTasks {
             pixels.column = box.columns.begin * shape_.stride.w - shape_.padding.w + copy * rows.first_step;
             float* copied = input + copy * vectors_ * vector;
             visit_rows(args_.input, args_.dtype, shape_.in, shape_.in_channels,
-                       {box.images, box.rows.begin * shape_.stride.h - shape_.padding.h, 1, rows.count},
+                       {box.images, box.rows.begin * shape_.stride.h - shape_.padding.h, {rows.count}},
                        pixels, [&](const PixelRow& row) {
                            kernels_.load_pixels(row, lanes_, copied, vector);
                            copied += rows.steps * lanes_;

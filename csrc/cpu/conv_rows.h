@@ -8,9 +8,27 @@
 
 namespace fastres::cpu {
 
+// Rows of an image, those of one phase modulo a stride after the other: what a row of the kernel sees for
+// neighbours in the output are neighbours then.
+struct RowOrder {
+    int64_t span;  // rows of the image, from the first on
+    int64_t stride = 1;
+    int64_t phases = 1;  // the first ones of the stride's
+
+    int64_t of_phase(int64_t phase) const { return ceil_div(span - phase, stride); }
+    int64_t before(int64_t phase) const {
+        int64_t rows = 0;
+        for (int64_t i = 0; i < phase; ++i) rows += of_phase(i);
+        return rows;
+    }
+    int64_t count() const { return before(phases); }
+    int64_t place(int64_t row) const { return before(row % stride) + row / stride; }
+};
+
 struct ImageRows {
     Range images;
-    int64_t first, step, count;  // first, first + step, ...; those outside of the image are zero
+    int64_t first;  // those outside of the image are zero
+    RowOrder order;
 };
 
 // Calls load(pixels) for each row of each image, in order; `pixels` says which of a row's are wanted,
@@ -22,13 +40,15 @@ void visit_rows(const ConvOperand& operand, Dtype dtype, Axes size, int64_t chan
     pixels.pixel_stride = channels;
     pixels.prologue = operand.prologue;
     for (int64_t image = rows.images.begin; image < rows.images.end; ++image) {
-        for (int64_t i = 0; i < rows.count; ++i) {
-            const int64_t row = rows.first + i * rows.step;
-            const bool inside = row >= 0 && row < size.h;
-            const int64_t element = (image * size.h + row) * size.w * channels;
-            pixels.row = inside ? at(operand.data, element, dtype) : nullptr;
-            pixels.input = inside ? at(operand.bn_input, element, dtype) : nullptr;
-            load(pixels);
+        for (int64_t phase = 0; phase < rows.order.phases; ++phase) {
+            for (int64_t i = phase; i < rows.order.span; i += rows.order.stride) {
+                const int64_t row = rows.first + i;
+                const bool inside = row >= 0 && row < size.h;
+                const int64_t element = (image * size.h + row) * size.w * channels;
+                pixels.row = inside ? at(operand.data, element, dtype) : nullptr;
+                pixels.input = inside ? at(operand.bn_input, element, dtype) : nullptr;
+                load(pixels);
+            }
         }
     }
 }

@@ -16,7 +16,6 @@ class DirectLoop : WeightGradTasks {
     // `input_grad` is null, or it is given the boxes, too.
     DirectLoop(const ConvBackwardWeight& args, const InputGradByBox* input_grad, const ThreadPool& pool)
         : WeightGradTasks(args, flattened(args.shape), args.shape.kernel.h * args.shape.kernel.w, pool),
-          row_step_(shape_.kernel.h == 1 ? shape_.stride.h : 1),
           rows_(kernels_.load_steps && shape_.in_channels >= kernels_.block ? RowsOf::out_channels
                                                                             : RowsOf::in_channels),
           row_width_(
@@ -52,10 +51,11 @@ class DirectLoop : WeightGradTasks {
 
     int64_t steps(int64_t columns) const { return ceil_div(columns, kernels_.pack); }
 
-    int64_t patch_rows(const Box& box) const {
-        return row_step_ > 1 ? box.rows.size()
-                             : (box.rows.size() - 1) * shape_.stride.h +
-                                   (shape_.kernel.h - 1) * shape_.dilation.h + 1;
+    // Of the input.
+    RowOrder rows_of(const Box& box) const {
+        const int64_t stride = shape_.stride.h;
+        return {(box.rows.size() - 1) * stride + (shape_.kernel.h - 1) * shape_.dilation.h + 1, stride,
+                shape_.kernel.h == 1 ? 1 : stride};
     }
 
     // Whether the rows of the sums are out channels, and the lanes in channels. What the kernel's rows
@@ -63,19 +63,15 @@ class DirectLoop : WeightGradTasks {
     // channels fill rows better than lanes.
     bool of_out() const { return rows_ == RowsOf::out_channels; }
 
-    // Rows of the output that are multiplied as one: those of an image which are neighbours in the patch.
-    int64_t rows_of_run(const Box& box) const {
-        return row_step_ > 1 || shape_.stride.h == 1 ? box.rows.size() : 1;
-    }
-    int64_t runs_of(const Box& box) const { return box.images.size() * box.rows.size() / rows_of_run(box); }
-    int64_t steps_of_run(const Box& box) const { return rows_of_run(box) * steps(box.columns.size()); }
+    // A run is what a box has of an image.
+    int64_t steps_of_run(const Box& box) const { return box.rows.size() * steps(box.columns.size()); }
     // What a run of the gradient takes of each channel.
     int64_t grad_run(const Box& box) const {
         return of_out() ? Slots(steps_of_run(box)).count * Slots::kSize : steps_of_run(box);
     }
-    int64_t grad_steps(const Box& box) const { return runs_of(box) * grad_run(box); }
+    int64_t grad_steps(const Box& box) const { return box.images.size() * grad_run(box); }
     int64_t input_steps(const Box& box) const {
-        return box.images.size() * patch_rows(box) * steps(box.columns.size());
+        return box.images.size() * rows_of(box).count() * steps(box.columns.size());
     }
 
     int64_t words_of_operands(const Box& largest) const {
@@ -137,7 +133,7 @@ class DirectLoop : WeightGradTasks {
     }
 
     void multiply(const Box& box, const Operands& words, bool add, float* sums, Prefetch& prefetch) const {
-        std::vector<int64_t> grad_runs(runs_of(box)), input_runs(grad_runs.size());
+        std::vector<int64_t> grad_runs(box.images.size()), input_runs(grad_runs.size());
         for (size_t run = 0; run < grad_runs.size(); ++run)
             grad_runs[run] = static_cast<int64_t>(run) * grad_run(box) * words.grad.step;
         const Words& rows = of_out() ? words.grad : words.input;
@@ -147,20 +143,17 @@ class DirectLoop : WeightGradTasks {
         tile.runs = (of_out() ? grad_runs : input_runs).data();
         tile.b_runs = (of_out() ? input_runs : grad_runs).data();
         tile.in_slots = of_out();
-        tile.run_count = runs_of(box);
+        tile.run_count = box.images.size();
         tile.steps = steps_of_run(box);
         tile.sums_stride = of_out() ? in_chunk_ : out_chunk_;
         tile.add = add;
         tile.prefetch = &prefetch;
+        const RowOrder order = rows_of(box);
         for (int64_t kh = 0; kh < shape_.kernel.h; ++kh) {
-            for (int64_t run = 0; run < tile.run_count; ++run) {
-                const int64_t out_row = run * rows_of_run(box);
-                const int64_t image = out_row / box.rows.size(), row = out_row % box.rows.size();
-                const int64_t patch_row =
-                    row_step_ > 1 ? row : row * shape_.stride.h + kh * shape_.dilation.h;
+            const int64_t first_row = order.place(kh * shape_.dilation.h);
+            for (int64_t run = 0; run < tile.run_count; ++run)
                 input_runs[run] =
-                    (image * patch_rows(box) + patch_row) * steps(box.columns.size()) * words.input.step;
-            }
+                    (run * order.count() + first_row) * steps(box.columns.size()) * words.input.step;
             for (int64_t kw = 0; kw < shape_.kernel.w; ++kw) {
                 const int64_t tap = kh * shape_.kernel.w + kw;
                 multiply_tap(tile, words, kw, sums + tap * in_chunk_ * out_chunk_);
@@ -227,7 +220,7 @@ class DirectLoop : WeightGradTasks {
         pixels.column = box.columns.begin;
         pixels.first_channel = channels.begin;
         visit_rows(args_.grad, args_.dtype, shape_.out, shape_.out_channels,
-                   {box.images, box.rows.begin, 1, box.rows.size()}, pixels, load);
+                   {box.images, box.rows.begin, {box.rows.size()}}, pixels, load);
     }
 
     // What one column of the kernel sees.
@@ -238,8 +231,7 @@ class DirectLoop : WeightGradTasks {
         pixels.columns = box.columns.size();
         pixels.first_channel = channels.begin;
         pixels.channels = channels.size();
-        const ImageRows rows{box.images, box.rows.begin * shape_.stride.h - shape_.padding.h, row_step_,
-                             patch_rows(box)};
+        const ImageRows rows{box.images, box.rows.begin * shape_.stride.h - shape_.padding.h, rows_of(box)};
         int64_t step = 0;
         visit_rows(args_.input, args_.dtype, shape_.in, shape_.in_channels, rows, pixels,
                    [&](const PixelRow& row) {
@@ -249,7 +241,6 @@ class DirectLoop : WeightGradTasks {
                    });
     }
 
-    const int64_t row_step_;  // input rows from one row of a patch to the next
     const RowsOf rows_;
     const int64_t row_width_;  // channels of a block of rows
     const InputGradByBox* const input_grad_;

@@ -110,8 +110,8 @@ class WinogradLoop final : public GatherLoop {
         const int64_t product = box.pixels() * channels_;
         for (int64_t k = 0; k < channels_; k += kChannelsOfPart) {
             const int64_t channels = std::min(kChannelsOfPart, channels_ - k);
-            load_patch(box.images, kTileStep * box.rows.begin, kTileStep * box.columns.begin, patch, k,
-                       channels, words.patch);
+            load_patch(box.images, kTileStep * box.rows.begin, kTileStep * box.columns.begin, {patch.h},
+                       patch.w, k, channels, words.patch);
             transform_tiles(box, patch, kernels_.transform_input,
                             {words.patch, patch.w * channels, channels, words.input + k,
                              kTileSide * product, product, channels},

@@ -71,7 +71,7 @@ class WinogradLoop : WeightGradTasks {
         pixels.first_channel = channels.begin;
         pixels.channels = channels.size();
         load_rows(kernels_, args_.input, args_.dtype, shape_.in, shape_.in_channels,
-                  {box.images, kTileStep * box.rows.begin - shape_.padding.h, 1, size.h}, pixels, patch);
+                  {box.images, kTileStep * box.rows.begin - shape_.padding.h, {size.h}}, pixels, patch);
         const int64_t product = box.pixels() * channels.size();
         transform_tiles(box, size, kernels_.transform_input,
                         {patch, size.w * channels.size(), channels.size(), words, kTileSide * product,
@@ -90,7 +90,7 @@ class WinogradLoop : WeightGradTasks {
             pixels.first_channel = n;
             pixels.channels = std::min(block_, channels.end - n);
             load_rows(kernels_, args_.grad, args_.dtype, shape_.out, shape_.out_channels,
-                      {box.images, kTileStep * box.rows.begin, 1, size.h}, pixels, patch);
+                      {box.images, kTileStep * box.rows.begin, {size.h}}, pixels, patch);
             transform_tiles(box, size, kernels_.transform_output_grad,
                             {patch, size.w * pixels.channels, pixels.channels, words, kTileSide * product,
                              product, pixels.channels},
