@@ -32,9 +32,10 @@ def conv_bn_act(
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if autocast and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(device)
+    add = _into_residual if into_residual else Tensor.add_
     if residual.dtype is dtype:
-        return sites.conv_bn_act(conv, bn, act, input, residual, relu=relu)
-    return _sum(sites.conv_bn_act(conv, bn, None, input, relu=False), act, residual, relu, into_residual)
+        return sites.conv_bn_act(conv, bn, act, input, residual, relu=relu, add=add)
+    return _activated(act, add(sites.conv_bn_act(conv, bn, None, input, relu=False), residual), relu)
 
 
 def bn_act(
@@ -47,22 +48,24 @@ def bn_act(
     into_residual: bool,
 ) -> Tensor:
     """`sites.bn_act` of a sum that is written into the batch norm's output, or `into_residual`."""
+    add = _into_residual if into_residual else Tensor.add_
     if residual.dtype is input.dtype:
-        return sites.bn_act(bn, act, input, residual, relu=relu)
-    return _sum(sites.bn_act(bn, None, input, relu=False), act, residual, relu, into_residual)
+        return sites.bn_act(bn, act, input, residual, relu=relu, add=add)
+    return _activated(act, add(sites.bn_act(bn, None, input, relu=False), residual), relu)
 
 
 def add_act(act: nn.Module | None, input: Tensor, other: Tensor) -> Tensor:
     """`sites.add_act` of a sum that is written into `input`."""
     if input.dtype is other.dtype:
-        return sites.add_act(act, input, other)
-    return _sum(input, act, other, relu=True, into_residual=False)
+        return sites.add_act(act, input, other, add=Tensor.add_)
+    return _activated(act, input.add_(other), relu=True)
 
 
-def _sum(
-    output: Tensor, act: nn.Module | None, residual: Tensor, relu: bool, into_residual: bool
-) -> Tensor:
-    output = residual.add_(output) if into_residual else output.add_(residual)
+def _into_residual(output: Tensor, residual: Tensor) -> Tensor:
+    return residual.add_(output)
+
+
+def _activated(act: nn.Module | None, output: Tensor, relu: bool) -> Tensor:
     if act is not None:
         return act(output)
     return F.relu(output) if relu else output

@@ -34,6 +34,8 @@ _INPUT_DIMS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,
 # "on <the module's name>" can follow: (bn2, "a forward hook is set").
 Reason = tuple[nn.Module | None, str]
 
+Add = Callable[[Tensor, Tensor], Tensor]
+
 
 @dataclass(eq=False)
 class Record:
@@ -115,6 +117,8 @@ def stock() -> Iterator[None]:
 def why_not(*modules: nn.Module | None) -> Reason | None:
     """Why these modules cannot be fused now; None if they can.
 
+    That stock layers were asked for is no reason: the sites run them.
+
     Args:
         modules: nn.Conv2d, nn.BatchNorm1d, 2d or 3d and nn.ReLU, in any number; None is passed over.
 
@@ -126,7 +130,7 @@ def why_not(*modules: nn.Module | None) -> Reason | None:
             reason = _why_not(module, _CONV + _BN + _ACT)
             if reason is not None:
                 return reason
-    return _why_no_site()
+    return _why_each_call_is_seen()
 
 
 def watched() -> bool:
@@ -140,11 +144,14 @@ def _why_stock() -> Reason | None:
     return None if torch._C._get_tracing_state() is None else _TRACING
 
 
+def _why_each_call_is_seen() -> Reason | None:
+    if torch._C._get_tracing_state() is not None:
+        return _TRACING
+    return (None, "a global module hook is set") if _has_any_global_hook() else None
+
+
 def _why_no_site() -> Reason | None:
-    reason = _why_stock()
-    if reason is None and _has_any_global_hook():
-        return None, "a global module hook is set"
-    return reason
+    return _STOCK if _stock else _why_each_call_is_seen()
 
 
 def _why_not(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Reason | None:
@@ -195,6 +202,7 @@ def conv_bn_act(
     *,
     relu: bool,
     pool: nn.Module | None = None,
+    add: Add = torch.add,
 ) -> Tensor:
     """act(bn(conv(input)) [+ residual]), and `pool` of it where there is one.
 
@@ -205,13 +213,14 @@ def conv_bn_act(
         residual: of the convolution's output shape, or None.
         relu: whether a ReLU follows; always True where `act` is a module.
         pool: fused if it is a plain nn.MaxPool2d.
+        add: makes the sum of the batch norm's output and the residual where that runs unfused.
 
     Returns:
         (N, C_out, H_out, W_out).
     """
     windows = _windows(pool)
     if pool is not None and windows is None:
-        return max_pool(pool, conv_bn_act(conv, bn, act, input, residual, relu=relu))
+        return max_pool(pool, conv_bn_act(conv, bn, act, input, residual, relu=relu, add=add))
     reason = (
         _why_no_site()
         or _why_not(conv, _CONV)
@@ -223,7 +232,7 @@ def conv_bn_act(
     if _listener is not None:
         _tell("conv_bn", (conv, bn, act, pool), residual, relu, reason, pool)
     if reason is not None:
-        output = _activate(act, _add(bn(conv(input)), residual), relu)
+        output = _activate(act, _sum(bn(conv(input)), residual, add), relu)
         return output if pool is None else pool(output)
     running_mean, running_var, training, momentum = _statistics(bn)
     return ops.conv_bn_act(
@@ -248,14 +257,20 @@ def conv_bn_act(
 
 
 def bn_act(
-    bn: nn.Module, act: nn.Module | None, input: Tensor, residual: Tensor | None = None, *, relu: bool
+    bn: nn.Module,
+    act: nn.Module | None,
+    input: Tensor,
+    residual: Tensor | None = None,
+    *,
+    relu: bool,
+    add: Add = torch.add,
 ) -> Tensor:
     """act(bn(input) [+ residual]).
 
     Args:
         bn: fused if it is a plain nn.BatchNorm1d, 2d or 3d.
         input: what bn takes.
-        act, residual, relu: as of :func:`conv_bn_act`.
+        act, residual, relu, add: as of :func:`conv_bn_act`.
 
     Returns:
         Tensor of input's shape.
@@ -269,7 +284,7 @@ def bn_act(
     if _listener is not None:
         _tell("bn", (bn, act), residual, relu, reason)
     if reason is not None:
-        return _activate(act, _add(bn(input), residual), relu)
+        return _activate(act, _sum(bn(input), residual, add), relu)
     return _fused_bn_act(bn, input, residual, relu)
 
 
@@ -280,16 +295,17 @@ def own_bn_act(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None = None
     if _listener is not None:
         _tell("bn", (bn,), residual, True, reason)
     if reason is not None:
-        return F.relu(_add(nn.BatchNorm2d.forward(bn, input), residual))
+        return F.relu(_sum(nn.BatchNorm2d.forward(bn, input), residual))
     return _fused_bn_act(bn, input, residual, relu=True)
 
 
-def add_act(act: nn.Module | None, input: Tensor, other: Tensor) -> Tensor:
+def add_act(act: nn.Module | None, input: Tensor, other: Tensor, *, add: Add = torch.add) -> Tensor:
     """relu(input + other).
 
     Args:
         act: the module that does it, fused if it is a plain nn.ReLU; None where a function call does it.
         input, other: of one shape to run fused.
+        add: makes the sum where that runs unfused.
 
     Returns:
         Tensor of that shape.
@@ -300,7 +316,7 @@ def add_act(act: nn.Module | None, input: Tensor, other: Tensor) -> Tensor:
     if _listener is not None:
         _tell("", (act,), other, True, reason)
     if reason is not None:
-        return _activate(act, input + other, relu=True)
+        return _activate(act, add(input, other), relu=True)
     return ops.add_relu(input, other)
 
 
@@ -325,7 +341,7 @@ def _fused_bn_act(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None, re
     running_mean, running_var, training, momentum = _statistics(bn)
     arguments = (running_mean, running_var, bn.weight, bn.bias, training, momentum, bn.eps)
     if not relu:
-        return _add(ops.batch_norm(input, *arguments), residual)
+        return _sum(ops.batch_norm(input, *arguments), residual)
     if residual is None:
         return ops.bn_relu(input, *arguments)
     return ops.bn_add_relu(input, residual, *arguments)
@@ -339,8 +355,8 @@ def _tell(op, modules, residual, relu, reason, pool=None) -> None:
     _listener(record)
 
 
-def _add(output: Tensor, residual: Tensor | None) -> Tensor:
-    return output if residual is None else output + residual
+def _sum(output: Tensor, residual: Tensor | None, add: Add = torch.add) -> Tensor:
+    return output if residual is None else add(output, residual)
 
 
 def _activate(act: nn.Module | None, output: Tensor, relu: bool) -> Tensor:

@@ -174,7 +174,12 @@ struct PrepareWord {
     // Of the pixels at these elements; zero where one is negative, unless all are known to be inside.
     template <bool inside = false>
     FASTRES_INLINE_BODY Lane of(const PixelRow& row, int64_t first, int64_t second, int64_t c) const {
-        const bool two = Words::pack == 2;
+        constexpr bool two = Words::pack == 2;
+        if constexpr (kind == Prologue::none && two && sizeof(Lane) > sizeof(float)) {
+            const T* channels = static_cast<const T*>(row.row) + c;
+            return Words::pair_of(inside || first >= 0 ? channels + first : nullptr,
+                                  inside || second >= 0 ? channels + second : nullptr);
+        }
         const Lane a = inside || first >= 0 ? prepare(row, first, c) : Lane{};
         const Lane b = two && (inside || second >= 0) ? prepare(row, second, c) : Lane{};
         return Words::template pair<T>(a, b);

@@ -131,15 +131,27 @@ struct PairWords {
     // Rounded to bf16.
     template <class T>
     FASTRES_ALWAYS Vec<float> pair(Vec<float> first, Vec<float> second) {
-        const U16Pair alternating = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-        return reinterpret_cast<Vec<float>>(_mm512_permutexvar_epi16(
-            reinterpret_cast<__m512i>(alternating), reinterpret_cast<__m512i>(round_pair(first, second))));
+        return alternate(reinterpret_cast<__m512i>(round_pair(first, second)));
+    }
+    // Values as they are stored; null stands for zeros.
+    FASTRES_ALWAYS Vec<float> pair_of(const bf16* first, const bf16* second) {
+        const auto values = [](const bf16* p) FASTRES_INLINE_BODY {
+            return p ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)) : _mm256_setzero_si256();
+        };
+        return alternate(_mm512_inserti64x4(_mm512_castsi256_si512(values(first)), values(second), 1));
     }
     template <class T>
     FASTRES_ALWAYS float pair(float first, float second) {
         return bits_to_float(float_to_bits(rounded_to<bf16>(first)) >> 16 |
                              float_to_bits(rounded_to<bf16>(second)));
+    }
+
+  private:
+    FASTRES_ALWAYS Vec<float> alternate(__m512i halves) {
+        const U16Pair alternating = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        return reinterpret_cast<Vec<float>>(
+            _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(alternating), halves));
     }
 };
 #endif

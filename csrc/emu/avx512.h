@@ -233,6 +233,13 @@ FASTRES_HIDING __m256i _mm512_castsi512_si256(__m512i v) {
 FASTRES_HIDING __m256i _mm512_extracti64x4_epi64(__m512i v, int which) {
     return emulated::half<__m256i>(v, which);
 }
+FASTRES_HIDING __m512i _mm512_castsi256_si512(__m256i v) {
+    return emulated::bits_as<__m512i>(emulated::join(v, v));
+}
+FASTRES_HIDING __m512i _mm512_inserti64x4(__m512i v, __m256i half, int which) {
+    const __m256i other = emulated::half<__m256i>(v, 1 - which);
+    return emulated::bits_as<__m512i>(which ? emulated::join(other, half) : emulated::join(half, other));
+}
 FASTRES_HIDING __m128i _mm_mask_mov_epi8(__m128i otherwise, __mmask16 mask, __m128i v) {
     emulated::Bytes taken = reinterpret_cast<emulated::Bytes>(otherwise);
     const emulated::Bytes values = reinterpret_cast<emulated::Bytes>(v);
