@@ -4,6 +4,7 @@ FASTRES_CUDA and FASTRES_CUDA_ARCHS are taken from the environment; CMakeLists.t
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -20,11 +21,12 @@ class CMakeBuild(build_ext):
         library = Path(self.get_ext_fullpath(extension.name)).resolve()
         # Outside of pip's temporary folders, so that a second build compiles only what changed.
         build = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        # What an earlier build was told, and where it found ninja, counts no longer.
         options = [
-            f"-D{name}={os.environ[name]}"
+            f"-D{name}={os.environ[name]}" if os.environ.get(name) else f"-U{name}"
             for name in ("FASTRES_CUDA", "FASTRES_CUDA_ARCHS")
-            if name in os.environ
         ]
+        options += [f"-DCMAKE_MAKE_PROGRAM={ninja}"] if (ninja := shutil.which("ninja")) else []
         subprocess.run(
             [
                 "cmake",

@@ -188,7 +188,7 @@ def _quotients(name: str, device: str) -> Iterator[tuple[str, float]]:
 
     from fastres import ops
 
-    fused, stock = getattr(ops, name), _stock()[name]
+    fused, stock = _by_kernels(getattr(ops, name)), _stock()[name]
     for training in (True, False):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for layout in (torch.contiguous_format, torch.channels_last):
@@ -208,6 +208,33 @@ def _quotients(name: str, device: str) -> Iterator[tuple[str, float]]:
                 for result in sides[0][0]:
                     pooled = (torch.stack([side[k][result] for side in sides]) for k in range(3))
                     yield f"{result} {case}", _quotient(*pooled)
+
+
+class _KernelsRan:
+    """In the place of a sites.Record."""
+
+    own_in_channels_last = False
+
+    def composed(self, reason: str) -> None:
+        raise RuntimeError(f"no kernel ran: {reason}")
+
+    def convolved(self) -> None:
+        pass
+
+
+def _by_kernels(op: "Callable[..., torch.Tensor]") -> "Callable[..., torch.Tensor]":
+    """The op, run by kernels on few values too; an error where PyTorch's own operations would run it."""
+    from fastres import kernels, ops
+
+    def run(*arguments, **options):
+        outer = ops.record, kernels.few_values
+        ops.record, kernels.few_values = _KernelsRan(), 0
+        try:
+            return op(*arguments, **options)
+        finally:
+            ops.record, kernels.few_values = outer
+
+    return run
 
 
 def _stock() -> "dict[str, Callable[..., torch.Tensor]]":

@@ -4,6 +4,7 @@ Each has the constructor arguments, parameters and state_dict keys of the torch.
 for, and runs those modules themselves where they cannot be fused (fastres.sites decides at every call).
 """
 
+import sys
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -16,7 +17,25 @@ __all__ = ["BasicBlock", "BnAddReLU2d", "BnReLU2d", "Bottleneck", "ConvBn2d", "C
 NormLayer = Callable[..., nn.Module]
 
 
-class BnReLU2d(nn.BatchNorm2d):
+class _BnAct2d(nn.BatchNorm2d):
+    """A batch norm with more behind it."""
+
+    @property
+    def num_features(self) -> int:
+        # convert_sync_batchnorm makes a plain batch norm of it, and is silent on that.
+        if sys._getframe(1).f_code is nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__:
+            raise TypeError(
+                f"SyncBatchNorm.convert_sync_batchnorm would drop the ReLU of {type(self).__name__}; build "
+                "the model of nn.BatchNorm2d and nn.ReLU, and convert that"
+            )
+        return self.__dict__["num_features"]
+
+    @num_features.setter
+    def num_features(self, value: int) -> None:
+        self.__dict__["num_features"] = value
+
+
+class BnReLU2d(_BnAct2d):
     """relu(batch_norm(input)).
 
     Args: as of torch.nn.BatchNorm2d.
@@ -28,7 +47,7 @@ class BnReLU2d(nn.BatchNorm2d):
         return sites.own_bn_act(self, input)
 
 
-class BnAddReLU2d(nn.BatchNorm2d):
+class BnAddReLU2d(_BnAct2d):
     """relu(batch_norm(input) + residual), the end of a residual block.
 
     Args: as of torch.nn.BatchNorm2d.

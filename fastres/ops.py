@@ -98,11 +98,22 @@ def _why_not_residual(residual: Tensor | None, input: Tensor) -> str | None:
     return "what is added has another shape, dtype or device"
 
 
-def _why_not_statistics(input: Tensor, running_mean, running_var, training: bool, momentum) -> str | None:
+def _why_not_statistics(
+    input: Tensor, running_mean, running_var, training: bool, momentum, eps
+) -> str | None:
     if training and input.numel() <= input.size(1):
         return "there is one value a channel"
     if not training and (running_mean is None or running_var is None):
         return "there are no running statistics"
+    return _why_pytorch_refuses(running_mean, running_var, training, momentum, eps)
+
+
+def _why_pytorch_refuses(running_mean, running_var, training: bool, momentum, eps) -> str | None:
+    """What F.batch_norm is left to complain about."""
+    if eps < 0 or (training and eps <= 0):
+        return "eps is not positive"
+    if any(t is not None and t.requires_grad for t in (running_mean, running_var)):
+        return "a running statistic requires a gradient"
     return None if isinstance(momentum, (int, float)) else "momentum is not a number"
 
 
@@ -136,7 +147,7 @@ def _bn_act(
         _why_no_kernel(input, residual, *channel_vectors)
         or _why_not_residual(residual, input)
         or _why_not_channels(input.size(1), input.dtype, input.device, *channel_vectors)
-        or _why_not_statistics(input, running_mean, running_var, training, momentum)
+        or _why_not_statistics(input, running_mean, running_var, training, momentum, eps)
     )
     if reason is not None:
         _tell_composed(reason)
@@ -364,7 +375,9 @@ def conv_bn_act(
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned)
     at_once = not training and running_mean is not None and running_var is not None and not needs_grad
     by = None
-    if at_once or (training and conv_bias is None and isinstance(momentum, (int, float))):
+    refused = _why_pytorch_refuses(running_mean, running_var, training, momentum, eps)
+    at_once = at_once and refused is None
+    if at_once or (training and conv_bias is None and refused is None):
         geometry = (stride, padding, dilation, groups)
         others = conv_bias, channel_vectors, geometry, training, needs_grad
         by = _for_ours(input, weight, residual, *others)

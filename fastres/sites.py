@@ -235,25 +235,29 @@ def conv_bn_act(
         output = _activate(act, _sum(bn(conv(input)), residual, add), relu)
         return output if pool is None else pool(output)
     running_mean, running_var, training, momentum = _statistics(bn)
-    return ops.conv_bn_act(
-        input,
-        conv.weight,
-        running_mean,
-        running_var,
-        bn.weight,
-        bn.bias,
-        residual,
-        conv.bias,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        conv.groups,
-        training,
-        momentum,
-        bn.eps,
-        relu,
-        windows,
-    )
+    try:
+        return ops.conv_bn_act(
+            input,
+            conv.weight,
+            running_mean,
+            running_var,
+            bn.weight,
+            bn.bias,
+            residual,
+            conv.bias,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            training,
+            momentum,
+            bn.eps,
+            relu,
+            windows,
+        )
+    except ValueError:
+        _uncount(bn)
+        raise
 
 
 def bn_act(
@@ -340,11 +344,15 @@ def _windows(pool: nn.Module | None) -> MaxPool | None:
 def _fused_bn_act(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     running_mean, running_var, training, momentum = _statistics(bn)
     arguments = (running_mean, running_var, bn.weight, bn.bias, training, momentum, bn.eps)
-    if not relu:
-        return _sum(ops.batch_norm(input, *arguments), residual)
-    if residual is None:
-        return ops.bn_relu(input, *arguments)
-    return ops.bn_add_relu(input, residual, *arguments)
+    try:
+        if not relu:
+            return _sum(ops.batch_norm(input, *arguments), residual)
+        if residual is None:
+            return ops.bn_relu(input, *arguments)
+        return ops.bn_add_relu(input, residual, *arguments)
+    except ValueError:
+        _uncount(bn)
+        raise
 
 
 def _tell(op, modules, residual, relu, reason, pool=None) -> None:
@@ -386,3 +394,9 @@ def _statistics(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, bool,
         if bn.momentum is None:  # the cumulative average
             momentum = 1.0 / float(bn.num_batches_tracked)
     return bn.running_mean, bn.running_var, True, momentum
+
+
+def _uncount(bn: nn.BatchNorm2d) -> None:
+    """Of a batch that was refused, before anything else of it was written."""
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.sub_(1)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from fastres import doctor, ops
+from fastres import doctor, kernels, ops
 
 
 def run(capsys):
@@ -84,6 +84,26 @@ def test_a_planted_fault_turns_the_verdict(name, words, plant, capsys, monkeypat
     assert status == 1 and "1 problem, see FAILED above." in printed
     assert verdicts(printed) == {**dict.fromkeys(OPS, "ok"), name: "FAILED"}
     assert words in printed
+
+
+def test_the_kernels_are_what_is_tested(few_values, capsys, monkeypatch):
+    def doubled(*arguments):
+        output, *rest = kernels.bn_act(*arguments)
+        return 2 * output, *rest
+
+    monkeypatch.setattr(kernels, "few_values", few_values)
+    monkeypatch.setattr(ops, "bn_act", doubled)
+    _, printed = run(capsys)
+    assert kernels.few_values == few_values
+    assert [name for name, verdict in verdicts(printed).items() if verdict == "FAILED"] == [
+        name for name in OPS if name != "add_relu"
+    ]
+
+
+def test_an_op_that_no_kernel_runs_is_a_problem(capsys, monkeypatch):
+    monkeypatch.setattr(ops, "_why_no_kernel", lambda *_: "of the test")
+    status, printed = run(capsys)
+    assert status == 1 and "no kernel ran: of the test" in printed
 
 
 def test_a_missing_op_is_a_problem(capsys, monkeypatch):

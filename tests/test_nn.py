@@ -332,3 +332,24 @@ def test_compiles_without_a_break(name):
     traced = torch.compile(compiled, fullgraph=True, backend="aot_eager")
     inputs = [randn(2, 4, 5, 5) for _ in range(inputs)]
     assert_same(run(compiled, traced, *inputs), run(module, module, *inputs))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: BnReLU2d(4), lambda: BnAddReLU2d(4)], ids=["BnReLU2d", "BnAddReLU2d"]
+)
+def test_conversion_to_sync_batch_norm_does_not_drop_the_relu(make):
+    with pytest.raises(TypeError, match="would drop the ReLU of Bn.*ReLU2d; build the model of"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(make()))
+    assert make().num_features == 4 and "BnReLU2d(4, eps" in repr(BnReLU2d(4))
+
+
+def test_what_refuses_a_batch_counts_none():
+    bn, block = BnAddReLU2d(4), BasicBlock(4, 4)
+    with pytest.raises(ValueError, match="residual has shape"):
+        bn(torch.randn(2, 4, 5, 5), torch.randn(2, 4, 5, 4))
+    block.downsample = nn.Conv2d(4, 4, 1, stride=2)
+    with pytest.raises(ValueError, match="residual has shape"):
+        block(torch.randn(2, 4, 6, 6))
+    for norm in (bn, block.bn2):
+        assert norm.num_batches_tracked == 0 and not norm.running_mean.any()
+    assert block.bn1.num_batches_tracked == 1 and block.bn1.running_mean.all()

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from convolving import poisoned
 from torch.nn import functional as F
 
 from fastres import ops
@@ -125,14 +126,10 @@ def check(dtype: torch.dtype, channels_last: bool, shape, device, prepare=None, 
             assert_as_accurate(name, fused, stock, reference)
 
 
-@pytest.fixture
-def poisoned():
-    """Fresh memory holds NaN, so that an element that a kernel forgets is seen."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+@pytest.fixture(name="poisoned")
+def _poisoned():
+    with poisoned():
+        yield
 
 
 VARIANTS = [

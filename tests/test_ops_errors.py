@@ -34,6 +34,11 @@ STOCK_ERRORS = {
     "no statistics in evaluation": dict(running_mean=None, running_var=None, training=False),
     "integers": dict(input=torch.ones(2, 4, 3, 3, dtype=torch.int64)),
     "one dimension": dict(input=torch.randn(4)),
+    "eps of zero": dict(eps=0.0),
+    "eps below zero": dict(eps=-1e-5),
+    "eps below zero in evaluation": dict(eps=-1e-5, training=False),
+    "running_mean requires a gradient": dict(running_mean=torch.zeros(4, requires_grad=True)),
+    "running_var requires a gradient": dict(running_var=torch.ones(4, requires_grad=True), training=False),
 }
 
 
