@@ -54,7 +54,7 @@ def _main(argv: list[str] | None) -> int:
         return command.run(arguments)
     except KeyboardInterrupt:
         print(f"\nfastres {chosen}: interrupted", file=sys.stderr)
-        return 130
+        return 2
 
 
 def _no_such_isa() -> str:

@@ -102,6 +102,25 @@ def test_another_machine_is_named_and_its_speed_not_taken_off():
     assert len(comparison.slower_than(30)) == 1 + len(comparison.blocks)
 
 
+def test_a_machine_that_became_slower_is_told_from_a_version_that_did():
+    a, b = measured(0, 0.01), measured(1, 0.01, machine=1.3, slower={"layer2.1": 1.3})
+    b.data["machine"]["fastres"] = "9.9"
+    comparison = a.compare(b)
+    assert [line.split(":")[0] for line in comparison.differences] == ["fastres"]
+    assert comparison.drift == pytest.approx(1.3, rel=0.03)
+    assert changed(comparison.slower_than(10)) == ["layer2.1"]
+
+
+def test_a_single_round_tells_little(monkeypatch):
+    monkeypatch.setitem(globals(), "ROUNDS", 1)
+    steps = blocks = 0
+    for seed in range(50):
+        comparison = measured(seed, 0.05).compare(measured(1000 + seed, 0.05))
+        steps += len(changed([comparison.step]))
+        blocks += len(changed(comparison.blocks))
+    assert steps <= 2 and blocks <= 0.05 * 50 * 10
+
+
 def test_what_only_one_has_is_named():
     a, b = measured(0, 0.01), measured(1, 0.01)
     b.data["blocks"][3]["name"] = "layer9.9"
@@ -139,6 +158,7 @@ class Block(nn.Module):
 def test_a_block_that_is_made_slower_is_named_end_to_end(tmp_path, monkeypatch, capsys, one_thread):
     monkeypatch.setattr(limits, "_SECONDS", 0.0)
     monkeypatch.setattr(limits, "_flops", lambda dtype, device: 1e11)
+    monkeypatch.setattr(limits, "_copy_speed", lambda bytes, device: 1e10)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
     input = torch.randn(2, 32, 8, 8).contiguous(memory_format=torch.channels_last)

@@ -3,6 +3,7 @@
 No test asks for a speed.
 """
 
+import contextlib
 import errno
 import json
 import time
@@ -15,9 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastres
 from fastres import cli, models, sites
 from fastres.profiler import Profile, ProfileError, limits
+from fastres.profiler.advice import advice
 from fastres.profiler.blocks import find_blocks
 from fastres.profiler.count import Count
 from fastres.profiler.walk import Walk
+
+_copy_speed = limits._copy_speed
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +29,7 @@ def _limits(monkeypatch, tmp_path):
     """Measured quickly, and kept nowhere but here."""
     monkeypatch.setattr(limits, "_SECONDS", 0.0)
     monkeypatch.setattr(limits, "_flops", lambda dtype, device: 1e11)
+    monkeypatch.setattr(limits, "_copy_speed", lambda bytes, device: 1e10 if bytes < 2**25 else 5e9)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -65,6 +70,54 @@ def test_blocks_of_foreign_models(torchvision, timm):
     ):
         blocks = blocks_of(fastres.fuse(build(name)), images(64))
         assert len(blocks) == 10 and blocks[-2].name == last, name
+
+
+@pytest.mark.parametrize("mode", ["train", "infer"])
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18", "transformers:resnet-18"])
+def test_foreign_models(name, mode, torchvision, timm):
+    from fastres.models.by_name import build
+
+    result = fastres.profile(build(name), images(32), mode=mode, repeat=1)
+    fused = [row for row in result.rows if row.data["fused"]]
+    assert len(fused) == 20 and all(row.seconds("stock") > 0 for row in fused)
+
+
+class _Projected(nn.Module):
+    """What comes last in its forward is moved before the sum that it is part of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+        self.shortcut = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
+
+    def forward(self, x):
+        out = self.bn(self.conv(x))
+        out += self.shortcut(x)
+        return self.relu(out)
+
+
+def test_stock_runs_where_the_sites_are():
+    model = fastres.fuse(_Projected())
+    pieces = []
+    for context in (contextlib.nullcontext(), sites.stock()):
+        walk = Walk(model, lambda part, direction: None)
+        with context, walk.forward():
+            output = model(images())
+        pieces.append([piece.modules for piece in walk.pieces])
+        assert output.min() == 0
+    assert pieces[0] == pieces[1]
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_counts_are_the_same_in_inference(context):
+    model = fastres.fuse(models.resnet18()).eval()
+    flops, bytes = [], []
+    for inside in (torch.no_grad, context):
+        with inside(), sites.stock(), Count() as count:
+            model(images(64))
+        flops.append(count.flops.total())
+        bytes.append(sum(count.bytes().values()))
+    assert flops[0] == flops[1] > 1e8 and bytes[0] == bytes[1]
 
 
 # Multiply-adds at 224x224, as torchvision's table of weights gives them.
@@ -180,6 +233,14 @@ def test_trace_has_a_line_of_blocks(tmp_path):
     assert {e["pid"].partition(",")[0] for e in parts} == {"fused", "stock"}
 
 
+class Picky(nn.Conv2d):
+    def __init__(self) -> None:
+        super().__init__(3, 3, 1)
+
+    def forward(self, x):
+        assert x.size(-1) == 17, "no images of 16"
+
+
 class Fickle(nn.Module):
     """Calls one layer more each time."""
 
@@ -211,6 +272,7 @@ class Fickle(nn.Module):
         (nn.ReLU(), images(), {}, "no parameter of the model requires a gradient"),
         (Fickle(), images(), {}, "calls other modules from one step to the next"),
         (3, images(), {}, "model has type int, expected torch.nn.Module"),
+        (Picky(), images(), {}, "the model cannot run these settings: no images of 16"),
     ],
 )
 def test_refuses(model, input, settings, message):
@@ -234,6 +296,8 @@ def test_command(tmp_path, capsys):
         ("--batch 0", "--batch 0: expected 1 or more"),
         ("--json /no/such/folder/out.json", "cannot write there"),
         ("--against eager", "expected 'stock'"),
+        ("--batch 1000000000", "--batch 1000000000: "),
+        ("--json x --html x", "two of them are one file"),
         ("--model cifar_resnet20 --batch 1 --image-size 2", "cannot run these settings"),
     ],
 )
@@ -243,12 +307,27 @@ def test_command_refuses_in_one_sentence(words, message, capsys):
     assert message in error and error.startswith("fastres profile: ") and error.count("\n") == 1
 
 
-def test_limits_are_measured_once(monkeypatch, tmp_path):
+def test_a_cache_is_as_fast_as_any_size_that_it_holds():
+    copy = limits.measured(torch.device("cpu")).copy
+    assert copy["memory"].speed == 5e9
+    assert all(level.speed == 1e10 for level in copy.values() if level.bytes)
+    assert 1e7 < _copy_speed(2**20, torch.device("cpu")) < 1e13
+
+
+def test_the_best_of_each_limit_is_kept(monkeypatch):
     device = torch.device("cpu")
     first = limits.measured(device)
-    monkeypatch.setattr(limits, "_measure", lambda device: pytest.fail("measured again"))
-    assert limits.measured(device) == first
     assert list(first.copy)[-1] == "memory" and min(level.speed for level in first.copy.values()) > 0
+    fastest = first.copy["memory"].speed * 2
+    levels = {n: limits.Level(level.bytes, level.speed / 2) for n, level in first.copy.items()}
+    second = limits.Limits({**levels, "memory": limits.Level(None, fastest)}, {"fp32": 1.0, "bf16": 1e15})
+    monkeypatch.setattr(limits, "_measure", lambda device: second)
+    best = limits.Limits(
+        {**first.copy, "memory": limits.Level(None, fastest)}, {"fp32": first.flops["fp32"], "bf16": 1e15}
+    )
+    assert limits.measured(device) == best
+    monkeypatch.setattr(limits, "_measure", lambda device: limits.Limits(levels, dict(second.flops)))
+    assert limits.measured(device) == best
 
 
 @pytest.mark.parametrize(("speed", "size"), [(1e13, 2048), (3e9, 512)])
@@ -264,7 +343,9 @@ def test_a_slow_product_is_not_made_larger(speed, size, monkeypatch):
     assert sizes[-1] == size
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"a": 1}', '{"fastres_profile": 99}'])
+@pytest.mark.parametrize(
+    "text", ["", "[1]", '{"a": 1}', '{"fastres_profile": 99}', '{"fastres_profile": 1}']
+)
 def test_refuses_a_file_that_is_no_profile(text, tmp_path):
     path = tmp_path / "x.json"
     path.write_text(text)
@@ -290,3 +371,41 @@ def test_a_full_disk_leaves_nothing_half_written(option, tmp_path, monkeypatch, 
 def test_refuses_threads_that_no_machine_has(capsys):
     assert cli.main("profile --threads 2000".split()) == 2
     assert "--threads 2000: expected at most" in capsys.readouterr().err
+
+
+def _profile(seconds, bounds, profiled=1.0):
+    """Of rows of so many seconds and bounds, beside stock's of 1 s."""
+    ops = [
+        {
+            "name": f"op{i}",
+            "ran": "conv",
+            "fused": True,
+            "reason": "",
+            "seconds": {"fused": {"forward": [time] * 4}, "stock": {"forward": [1.0] * 4}},
+            "flops": {"forward": 1.0},
+            "bound": {"forward": bound},
+        }
+        for i, (time, bound) in enumerate(zip(seconds, bounds, strict=True))
+    ]
+    level = {"bytes": None, "speed": 1.0}
+    return Profile(
+        {
+            "settings": {"against": ["stock"], "dtype": "fp32"},
+            "limits": {"copy_bytes_per_second": {"memory": level}, "flops_per_second": {"fp32": 1e9}},
+            "whole_step": {"fused": [1.0, 1.1, 1.2, 1.3], "stock": [1.3, 1.2, 1.1, 1.0]},
+            "profiled_step": {v: [profiled * t for t in (1.0, 1.1, 1.2, 1.3)] for v in ("fused", "stock")},
+            "blocks": [{"name": "block", "kind": "", "ops": ops}],
+        }
+    )
+
+
+def test_advice_says_what_is_noise_and_what_is_in_doubt():
+    told = advice(_profile([1.0, 2.0], [0.5, 0.5]))
+    assert told[0].startswith("Fused is as fast as stock, within the noise (")
+    assert told[-1] == "Look next at block op1: of all ops it loses most, 1500.0 ms."
+    assert not any("Watched" in sentence or "busier" in sentence for sentence in told)
+    told = advice(_profile([1.0, 2.0], [2.0, 0.5], profiled=1.2))
+    assert any("fused takes 1.20x its time in one go" in sentence for sentence in told)
+    assert any(sentence.startswith("1 of 2 passes were faster than the limits") for sentence in told)
+    told = advice(_profile([1.0], [3.0]))
+    assert any("at 100% of the machine's limit." in sentence for sentence in told)

@@ -7,6 +7,8 @@ from collections import defaultdict
 from fastres.profiler.result import Profile
 
 _MOST = 3  # blocks' groups that are told of
+_AGREES_WITHIN = 0.05  # of the step
+_BEATEN, _FEW = 0.95, 0.1  # a limit, and passes that beat theirs by chance
 
 
 def advice(profile: Profile) -> list[str]:
@@ -14,11 +16,14 @@ def advice(profile: Profile) -> list[str]:
     sentences = []
     for against in profile.data["settings"]["against"]:
         speedup = profile.speedup(against)
-        faster = "as fast as" if 0.995 <= speedup.median <= 1.005 else "faster than"
-        value = speedup.median
-        if value < 0.995:
-            faster, value = "slower than", 1 / value
-        sentences.append(f"Fused is {value:.2f}x {faster} {against}." if value != 1 else "")
+        value, spread = speedup.median, f"({speedup.low:.2f}x to {speedup.high:.2f}x)"
+        if speedup.low <= 1 <= speedup.high:
+            sentences.append(f"Fused is as fast as {against}, within the noise {spread}.")
+        elif value > 1:
+            sentences.append(f"Fused is {value:.2f}x faster than {against} {spread}.")
+        else:
+            sentences.append(f"Fused is {1 / value:.2f}x slower than {against}.")
+    sentences += _doubts(profile)
     unfused = [row for row in profile.rows if row.data["reason"]]
     if unfused:
         share = sum(row.seconds("fused") for row in unfused) / _total(profile)
@@ -33,19 +38,43 @@ def advice(profile: Profile) -> list[str]:
     for name, rows in worst:
         time, bound = sum(row.seconds("fused") for row in rows), sum(row.bound for row in rows)
         if time > 0:
+            above = f", {(time - bound) * 1e3:.1f} ms above it" if time > bound else ""
             sentences.append(
                 f"{time / _total(profile):.0%} of the step is {name}: {_kind(profile, rows)}, at "
-                f"{bound / time:.0%} of the machine's limit; {(time - bound) * 1e3:.1f} ms above it."
+                f"{min(bound / time, 1):.0%} of the machine's limit{above}."
             )
     rows = sorted(profile.rows, key=lambda row: -row.lost)
     if rows:
         row = rows[0]
-        where = max(row.directions, key=lambda d: row.seconds("fused", d) - row.data["bound"][d])
+        lost = {d: row.seconds("fused", d) - row.data["bound"][d] for d in row.directions}
+        where = max(lost, key=lost.get)
+        part = f", {lost[where] * 1e3:.1f} of them {where}" if len(lost) > 1 else ""
         sentences.append(
-            f"Look next at {row.block} {row.name}, {where}: of all ops it loses most, "
-            f"{row.lost * 1e3:.1f} ms."
+            f"Look next at {row.block} {row.name}: of all ops it loses most, {row.lost * 1e3:.1f} ms{part}."
         )
     return [sentence for sentence in sentences if sentence]
+
+
+def _doubts(profile: Profile) -> list[str]:
+    """What is not to be taken at its word."""
+    sentences = []
+    for variant in profile.variants:
+        agreement = profile.agreement(variant)
+        if abs(agreement - 1) > _AGREES_WITHIN:
+            sentences.append(
+                f"Watched piece by piece, {variant} takes {agreement:.2f}x its time in one go: take the "
+                "pieces' times as shares."
+            )
+    passes = [
+        (row.seconds("fused", d), row.data["bound"][d]) for row in profile.rows for d in row.directions
+    ]
+    faster = sum(time < _BEATEN * bound for time, bound in passes)
+    if faster > _FEW * len(passes):
+        sentences.append(
+            f"{faster} of {len(passes)} passes were faster than the limits, which were measured while the "
+            "machine was busier: measure again on a quiet one."
+        )
+    return sentences
 
 
 def _total(profile: Profile) -> float:

@@ -85,8 +85,11 @@ def _compare(a: Path, b: Path, fail_above: float | None) -> int:
 
 
 def _check_files(arguments: argparse.Namespace) -> None:
-    for option in ("json", "html", "trace"):
-        path = getattr(arguments, option)
+    files = {option: getattr(arguments, option) for option in ("json", "html", "trace")}
+    given = [path.resolve() for path in files.values() if path is not None]
+    if len({*given}) < len(given):
+        raise ProfileError("--json, --html and --trace: two of them are one file")
+    for option, path in files.items():
         if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
             raise ProfileError(f"--{option} {path}: cannot write there")
     if arguments.source is not None and arguments.trace is not None:
@@ -119,7 +122,10 @@ def _measure(arguments: argparse.Namespace) -> Profile:
     except ValueError as error:
         raise ProfileError(f"--model {arguments.model}: {error}") from error
     size, layout = arguments.image_size, {"memory_format": torch.channels_last}
-    images = torch.randn(arguments.batch, 3, size, size).to(arguments.device, **layout)
+    try:
+        images = torch.randn(arguments.batch, 3, size, size).to(arguments.device, **layout)
+    except RuntimeError as error:
+        raise ProfileError(f"--batch {arguments.batch}: {str(error).partition(chr(10))[0]}") from error
     against = tuple(filter(None, arguments.against.split(",")))
     rounds = steps(against, arguments.repeat)
     with shown("profile", rounds) as advance:

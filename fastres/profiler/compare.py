@@ -4,11 +4,11 @@ A time's noise is the standard error of its median, from the deviation of its ro
 of their own noise, so no row counts as quieter than the typical one. A change is real where the interval of
 b / a, three standard errors to each side, leaves 1 out.
 
-Where both profiles come from one machine and one PyTorch, stock's layers are the same code in both. What
-they differ by, in the median over the rows, is the machine's (clocks, neighbours), and is taken off before
-fused times are compared. How much they scatter around it is noise between the profiles, which no round of
-either could see: no row counts as quieter than this either. The whole step is compared by its ratio to
-stock's, round by round.
+Where both profiles come from one machine and one PyTorch, stock's layers are the same code in both,
+whatever the versions of fastres. What they differ by, in the median over the rows, is the machine's (clocks,
+neighbours), and is taken off before fused times are compared. How much they scatter around it is noise
+between the profiles, which no round of either could see: no row counts as quieter than this either. The
+whole step is compared by its ratio to stock's, round by round.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ Pair = tuple[list[float], list[float]]  # times by round, a's and b's
 
 _ERRORS = 3.0  # standard errors to each side of an interval
 _LEAST_NOISE = 0.01  # a round's relative standard deviation
+_UNKNOWN_NOISE = 0.1  # of a single round
 _LEAST_SHARE = 1e-3  # of a step that a row must take to tell of the machine's speed
 
 
@@ -114,6 +115,7 @@ def compare(a: Profile, b: Profile) -> Comparison:
     rows = [{(row.block, row.name): row for row in profile.rows} for profile in (a, b)]
     both = [key for key in rows[0] if key in rows[1]]
     differences = _differences(a, b)
+    same_stock = all(difference.startswith("fastres: ") for difference in differences)
     blocks = dict.fromkeys(block for block, _ in both)
     ops = {(*key, d): ([key], [d]) for key in both for d in rows[0][key].directions}
 
@@ -129,7 +131,7 @@ def compare(a: Profile, b: Profile) -> Comparison:
         """The machine's drift, and a change for each place."""
         fused = {place: times("fused", *of) for place, of in places.items()}
         drift, scatter = 1.0, 0.0
-        if not differences:
+        if same_stock:
             drift, scatter = _drift([times("stock", *of) for of in places.values()])
         noises = [median(_noise(pair[i]) for pair in fused.values()) for i in (0, 1)] if fused else []
         found = []
@@ -143,7 +145,7 @@ def compare(a: Profile, b: Profile) -> Comparison:
     return Comparison(
         differences,
         drift,
-        _step(a, b, with_stock=not differences),
+        _step(a, b, with_stock=same_stock),
         of_blocks,
         of_ops,
         [f"only in a: {' '.join(key)}" for key in rows[0] if key not in rows[1]]
@@ -202,4 +204,6 @@ def _ratio(pair: Sequence[list[float]], typical: Sequence[float]) -> tuple[float
 
 def _noise(times: list[float]) -> float:
     """The relative standard deviation of a round."""
-    return stdev(times) / median(times) if len(times) > 1 and median(times) else 0.0
+    if len(times) == 1:
+        return _UNKNOWN_NOISE
+    return stdev(times) / median(times) if median(times) else 0.0

@@ -1,7 +1,7 @@
 """What the machine can do at best, measured: copies from each level of memory, and products of matrices.
 
-Measured once a machine, number of threads and version, and kept in fastres/limits.json of the user's cache
-folder. Delete that file to measure anew.
+Kept in fastres/limits.json of the user's cache folder, by machine, number of threads and version. Each
+profile measures anew and keeps the better of each: what a busy machine reached is no limit.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from fastres.files import cache_path, replaced
 from fastres.timing import Machine, clock_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_SECONDS = 0.15  # that each measurement goes on
-_VERSION = 1  # of what is measured
+_SECONDS = 0.1  # that each measurement goes on
+_VERSION = 2  # of what is measured
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,14 @@ class Limits:
         levels = {name: {"bytes": level.bytes, "speed": level.speed} for name, level in self.copy.items()}
         return {"copy_bytes_per_second": levels, "flops_per_second": self.flops}
 
+    def best(self, other: Limits) -> Limits:
+        """Of each, the better one of two measurements of a machine."""
+        copy = {
+            name: Level(level.bytes, max(level.speed, other.copy[name].speed))
+            for name, level in self.copy.items()
+        }
+        return Limits(copy, {name: max(speed, other.flops[name]) for name, speed in self.flops.items()})
+
     @classmethod
     def of(cls, written: dict) -> Limits:
         copy = {name: Level(**level) for name, level in written["copy_bytes_per_second"].items()}
@@ -62,36 +70,38 @@ class Limits:
 
 
 def measured(device: torch.device) -> Limits:
-    """The limits of the machine at hand, from the cache folder where they were measured before."""
+    """The limits of the machine at hand: the best that was measured so far, now or before."""
     machine = Machine.at_hand(device)
     parts = (machine.cpu, machine.cores, machine.isa, machine.threads, machine.gpu, machine.torch, _VERSION)
     key, path = ", ".join(map(str, parts)), cache_path("limits.json")
+    limits, kept = _measure(device), {}
     try:
-        kept = json.loads(path.read_text())
-        return Limits.of(kept[key])
+        kept = dict(json.loads(path.read_text()))
+        limits = limits.best(Limits.of(kept[key]))
     except (OSError, ValueError, KeyError, TypeError):
-        limits = _measure(device)
+        pass  # nothing is kept
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            kept = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
-            kept = {}
         with replaced(path) as file:
             json.dump({**kept, key: limits.as_dict()}, file, indent=1)
     except OSError:
-        pass  # measured again next time
+        pass  # these alone count next time
     return limits
 
 
 def _measure(device: torch.device) -> Limits:
     sizes = _levels(device)
     copy = {}
+    before = 2**18
     for name, size in sizes.items():
-        # The two tensors of a copy take half of the level: it is not theirs alone. In memory, eight times
-        # the level before.
-        before = max(filter(None, sizes.values()), default=2**25)
-        copy[name] = Level(size, _copy_speed(size // 2 if size else 8 * before, device))
+        # The two tensors of a copy take half of the level at most: it is not theirs alone, and of a large
+        # one other machines may hold more than they show. In memory, what no level holds.
+        if size:
+            tried = [size // 2, *(2 * before * 4**i for i in range(4) if 2 * before * 4**i < size // 2)]
+        else:
+            tried = [max(2 * before, min(8 * before, 2**29))]
+        copy[name] = Level(size, max(_copy_speed(bytes, device) for bytes in tried))
+        before = size or before
     return Limits(copy, {name: _flops(dtype, device) for name, dtype in DTYPES.items()})
 
 
@@ -151,10 +161,13 @@ def _fastest(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest call; a limit is what was reached once."""
     call()
     clock, marks, deadline = clock_of(device), [], time.perf_counter() + _SECONDS
+    begin = clock.end()
+    call()
+    # Several in a row where they are short, so that the clock's own time does not count.
+    times = 4 if clock.between(begin, clock.end()) < _SECONDS / 20 else 1
     while len(marks) < 3 or time.perf_counter() < deadline:
-        # Several in a row, so that the clock's own time does not count.
         begin = clock.end()
-        for _ in range(4):
+        for _ in range(times):
             call()
         marks.append((begin, clock.end()))
-    return min(clock.between(*mark) for mark in marks) / 4
+    return min(clock.between(*mark) for mark in marks) / times

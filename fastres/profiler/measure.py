@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fastres import sites
 from fastres.fuse import fuse
+from fastres.inference import optimize_for_inference
 from fastres.profiler import limits
 from fastres.profiler.advice import advice
 from fastres.profiler.blocks import Block, Op, find_blocks
@@ -56,7 +57,8 @@ def profile(
         input: what it takes: a tensor, a tuple of arguments, or a dict of keyword arguments; it should be
             channels_last, as in training.
         target: (N,) class indices for the cross entropy; by default drawn at random.
-        mode: "train": forward, cross entropy, backward, SGD with momentum. "infer": forward.
+        mode: "train": forward, cross entropy, backward, SGD with momentum. "infer": forward, by
+            `fastres.optimize_for_inference` where the input is channels_last.
         dtype: "fp32" or "bf16" (autocast), or the torch.dtype.
         against: "stock" and, for the whole step only, "compile": torch.compile of the stock model.
         repeat: rounds.
@@ -105,7 +107,7 @@ def _profile(subject, name, against, repeat, trace_path, advance) -> Profile:
     if subject.training:
         saved = {variant: subject.saved_bytes(wholes[variant]) for variant in ("fused", "stock")}
     advance()
-    clock = clock_of(subject.device)
+    clock, label = clock_of(subject.device), _labels(blocks)
     whole_marks: dict[str, list] = defaultdict(list)
     part_marks: dict[str, list] = defaultdict(list)
     for _ in range(repeat):
@@ -115,10 +117,9 @@ def _profile(subject, name, against, repeat, trace_path, advance) -> Profile:
             whole_marks[variant].append((begin, clock.end()))
             advance()
         for variant in ("fused", "stock"):
-            part_marks[variant].append(_marks(subject, wholes[variant], clock, pieces))
+            part_marks[variant].append(_marks(subject, wholes[variant], clock, pieces, label))
             advance()
     machine = Machine.at_hand(subject.device)
-    label = _labels(blocks)
     traces = {}
     for variant in ("fused", "stock"):
         step = wholes[variant]
@@ -193,7 +194,10 @@ class _Subject:
         self.keywords = input if isinstance(input, dict) else {}
         self.target = target
         model = copy.deepcopy(getattr(model, "_orig_mod", model))
-        self.model = fuse(model, inplace=True).train(self.training)
+        if self.training or not self.channels_last:
+            self.model = fuse(model, inplace=True).train(self.training)
+        else:
+            self.model = optimize_for_inference(model, inplace=True)
         # So small that a batch seen many times is not learned by heart: its gradients would become denormal
         # numbers, which are slow.
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -209,7 +213,7 @@ class _Subject:
             yield
         except ProfileError:
             raise
-        except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        except (ValueError, TypeError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
             message = str(error).strip().partition("\n")[0] or type(error).__name__
             raise ProfileError(f"the model cannot run these settings: {message}") from error
 
@@ -293,23 +297,25 @@ class _Subject:
 # times
 
 
-def _marks(subject: _Subject, step, clock, pieces) -> list[tuple[tuple[Part, str], Any]]:
+def _marks(subject: _Subject, step, clock, pieces, label) -> list[tuple[tuple[Part, str], Any]]:
     """When which part began to work, in one step."""
     marks = []
     ranges = subject.device.type == "cuda"
+    current = None  # range of nsys; of the process, as autograd's threads begin and end them too
 
     def switch(part: Part, direction: str) -> None:
+        nonlocal current
         marks.append(((part, direction), clock.end()))
-        if ranges:  # of nsys
-            if len(marks) > 1:
-                torch.cuda.nvtx.range_pop()
-            torch.cuda.nvtx.range_push(f"{part} {direction}")
+        if ranges:
+            if current is not None:
+                torch.cuda.nvtx.range_end(current)
+            current = torch.cuda.nvtx.range_start(f"{label(part)}, {direction}")
 
     walk = Walk(subject.model, switch)
     clock.begin()
     step(walk)
-    if ranges:
-        torch.cuda.nvtx.range_pop()
+    if current is not None:
+        torch.cuda.nvtx.range_end(current)
     if [piece.modules for piece in walk.pieces] != [piece.modules for piece in pieces]:
         raise ProfileError("the model's forward calls other modules from one step to the next")
     return marks

@@ -81,7 +81,7 @@ def _headline(profile: Profile) -> str:
     fused, stock = profile.saved_bytes("fused"), profile.saved_bytes("stock")
     if stock:
         kept = f"{_mb(fused)} against {_mb(stock)} MB kept for the backward pass"
-        parts.append(f"<div><b>{fused / stock:.2f}×</b> of stock's memory<br><small>{kept}</small></div>")
+        parts.append(f"<div><b>{fused / stock:.2f}×</b> of what stock keeps<br><small>{kept}</small></div>")
     return f'<div class="headline">{"".join(parts)}</div>'
 
 

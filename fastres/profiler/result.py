@@ -16,6 +16,17 @@ if TYPE_CHECKING:
     from fastres.profiler.compare import Comparison
 
 VERSION = 1
+_PARTS = (
+    "settings",
+    "machine",
+    "limits",
+    "whole_step",
+    "profiled_step",
+    "blocks",
+    "rest",
+    "memory",
+    "advice",
+)
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,9 @@ class Profile:
             raise ValueError(f"{path}: is no profile that `fastres profile --json` wrote") from None
         if version != VERSION:
             raise ValueError(f"{path}: is of version {version} of the profiles, expected {VERSION}")
+        missing = [part for part in _PARTS if part not in data]
+        if missing:
+            raise ValueError(f"{path}: is a profile without {', '.join(missing)}")
         return cls(data)
 
     @property

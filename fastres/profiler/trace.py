@@ -63,7 +63,12 @@ def trace(step: Callable[[Switch], object], device: torch.device, label: Callabl
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+        try:
+            events = json.loads(path.read_text())["traceEvents"]
+        except (OSError, ValueError) as error:  # it says nothing where it cannot write
+            raise OSError(
+                f"no room for a temporary trace in {folder}; set TMPDIR to another place"
+            ) from error
     return _read(events, marks, device, label)
 
 
