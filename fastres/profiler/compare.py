@@ -5,10 +5,10 @@ of their own noise, so no row counts as quieter than the typical one. A change i
 b / a, three standard errors to each side, leaves 1 out.
 
 Where both profiles come from one machine and one PyTorch, stock's layers are the same code in both,
-whatever the versions of fastres. What they differ by, in the median over the rows, is the machine's (clocks,
-neighbours), and is taken off before fused times are compared. How much they scatter around it is noise
-between the profiles, which no round of either could see: no row counts as quieter than this either. The
-whole step is compared by its ratio to stock's, round by round.
+whatever the versions of fastres. What they differ by, in the median over the rows, is the machine's
+(clocks, neighbours), and is taken off before fused times are compared. How much they scatter around it is
+noise between the profiles, which no round of either could see: no row counts as quieter than this either.
+The whole step is compared by its ratio to stock's, round by round.
 """
 
 from __future__ import annotations
