@@ -220,4 +220,7 @@ for model in resnet50 resnet18; do
         step "$model-$mode" --model "$model" --mode "$mode" --batch "$batch" --against "$against"
     done
 done
+start profile 90 "$python" -m fastres profile --device cuda --dtype bf16 --model resnet50 --batch "$batch" \
+    --json "$output-profile.json" "${toy[@]}"
+finish profile
 conclude

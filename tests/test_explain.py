@@ -268,3 +268,15 @@ def test_attributes_that_a_forward_sets_are_put_back(x):
 def test_not_a_module(x):
     with pytest.raises(TypeError, match="fastres.explain: model has type int, expected torch.nn.Module"):
         explain(3, x)
+
+
+def test_says_that_functions_of_batch_norm_are_no_blocks(x):
+    class Functions(Block):
+        def forward(self, x):
+            bn = self.bn1
+            return F.relu(F.batch_norm(self.conv1(x), bn.running_mean, bn.running_var, bn.weight, bn.bias))
+
+    told = explain(fuse(Functions()), x)
+    assert told.rows == () and str(told).startswith(
+        "no block was found: fused are nn.Conv2d, nn.BatchNorm2d"
+    )

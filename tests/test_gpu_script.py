@@ -101,7 +101,16 @@ def test_a_failing_stage_is_told_and_does_not_stop_the_later_ones(tree):
     result = json.loads(path.read_text())
     outcomes = {stage["stage"]: stage["outcome"] for stage in result["stages"]}
     failed = {"doctor": "FAILED with status 3", "racecheck": "FAILED with status 1"}
-    fine = ["build", "tests", "memcheck", "initcheck", "synccheck", "channels_last", "contiguous"]
+    fine = [
+        "build",
+        "tests",
+        "memcheck",
+        "initcheck",
+        "synccheck",
+        "channels_last",
+        "contiguous",
+        "profile",
+    ]
     steps = [f"{model}-{mode}" for model in ("resnet50", "resnet18") for mode in ("train", "infer")]
     assert outcomes == {**dict.fromkeys([*fine, *steps], "ok"), **failed}
     assert "the doctor is ill" in done.stdout
