@@ -71,8 +71,8 @@ class Explanation:
         """One line: how many blocks are fused."""
         if not self.rows:
             return (
-                "no block was found: fused are nn.Conv2d, nn.BatchNorm2d and nn.ReLU modules as a forward calls "
-                "them one after the other, F.relu and sums, but not F.conv2d and F.batch_norm"
+                "no block was found: fused are nn.Conv2d, nn.BatchNorm2d and nn.ReLU modules as a forward "
+                "calls them one after the other, F.relu and sums, but not F.conv2d and F.batch_norm"
             )
         count = Counter(row.status for row in self.rows)
         text = f"{count['fused']} of {len(self.rows)} blocks fused"

@@ -437,3 +437,10 @@ def test_bad_arguments_are_named():
         models.CifarResNet(BasicBlock, 2)
     with pytest.raises(TypeError, match="positional"):
         models.resnet18(None)
+
+
+def test_a_name_of_weights_is_told_what_is_taken():
+    with pytest.raises(
+        FileNotFoundError, match="weights='DEFAULT' is no file; fastres has no weights of its own"
+    ):
+        models.resnet18(weights="DEFAULT")

@@ -131,7 +131,13 @@ def _resnet(
         kwargs.setdefault("num_classes", len(weights.meta["categories"]))
         weights = weights.get_state_dict(progress=progress, check_hash=True)
     elif not isinstance(weights, Mapping):
-        weights = torch.load(weights, map_location="cpu", weights_only=True)
+        try:
+            weights = torch.load(weights, map_location="cpu", weights_only=True)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"weights={weights!r} is no file; fastres has no weights of its own, and takes a state_dict, "
+                "the path of one, or a member of torchvision's weights such as ResNet50_Weights.DEFAULT"
+            ) from error
     model = ResNet(block, layers, **kwargs)
     model.load_state_dict(weights)
     return model
