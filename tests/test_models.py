@@ -441,6 +441,6 @@ def test_bad_arguments_are_named():
 
 def test_a_name_of_weights_is_told_what_is_taken():
     with pytest.raises(
-        FileNotFoundError, match="weights='DEFAULT' is no file; fastres has no weights of its own"
+        FileNotFoundError, match="weights='DEFAULT' is no file; fastres has none of its own"
     ):
         models.resnet18(weights="DEFAULT")

@@ -135,7 +135,7 @@ def _resnet(
             weights = torch.load(weights, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"weights={weights!r} is no file; fastres has no weights of its own, and takes a state_dict, "
+                f"weights={weights!r} is no file; fastres has none of its own, and takes a state_dict, "
                 "the path of one, or a member of torchvision's weights such as ResNet50_Weights.DEFAULT"
             ) from error
     model = ResNet(block, layers, **kwargs)
