@@ -7,15 +7,10 @@ subclasses, torch.func transforms, forward-mode AD. Each is also an op, `torch.o
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
-from torch._ops import _len_torch_dispatch_stack_pre_dispatch
-from torch.autograd import forward_ad
 from torch.nn import functional as F
-from torch.overrides import has_torch_function
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastres import composed, convolution, kernels, max_pool, tuning
-from fastres.kernels import CUDA, accumulation_dtype, bn_act, fragment, is_channels_last, same_layout
+from fastres import cases, composed, convolution, max_pool, tuning
+from fastres.kernels import bn_act, fragment, same_layout
 from fastres.packing import is_kept
 from fastres.recompute import call_without_keeping, call_without_keeping_values
 
@@ -23,98 +18,8 @@ __all__ = ["add_relu", "batch_norm", "bn_add_relu", "bn_relu", "conv_bn_relu"]
 
 _kernels = torch.ops.fastres
 
-# ---------------------------------------------------------------------------------------------------------
-# which cases the kernels cover
-
-_CUDA_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
-_CPU_DTYPES = _CUDA_DTYPES | {torch.float64}
-_PLAIN = {Tensor, torch.nn.Parameter}
-
-
 # A sites.Record, told how the ops run that a site calls; None where nobody records.
 record = None
-
-
-def is_special(*tensors: Tensor | None) -> bool:
-    """Whether only PyTorch's own ops know what to do: tensor subclasses, torch.func, forward-mode AD.
-
-    Or a trace of torch.jit, which somebody without fastres may read, or which becomes an ONNX file.
-    """
-    if torch.compiler.is_dynamo_compiling():
-        return False
-    if torch._C._get_tracing_state() is not None:
-        return True
-    if peek_interpreter_stack() is not None or has_torch_function(tensors):
-        return True
-    dual = forward_ad._current_level >= 0
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if dual and forward_ad.unpack_dual(tensor).tangent is not None:
-            return True
-        if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
-            return True
-    return False
-
-
-def _why_no_kernel(input: Tensor, *others: Tensor | None) -> str | None:
-    """Why no kernel takes this activation; None if one does. `others` are only looked at for their kind."""
-    if is_special(input, *others):
-        return "a tensor subclass, a transform of torch.func, forward-mode AD or torch.jit.trace is at work"
-    device = input.device.type
-    if not (device == "cpu" or (device == "cuda" and CUDA)):
-        return f"there are no kernels for {device} in this build"
-    if input.dtype not in (_CPU_DTYPES if device == "cpu" else _CUDA_DTYPES):
-        return f"there is no kernel for {str(input.dtype).removeprefix('torch.')} on {device}"
-    if input.layout != torch.strided or not 2 <= input.dim() <= 5 or input.numel() == 0:
-        return "the input is empty, sparse, or not of 2 to 5 dimensions"
-    if not (input.is_contiguous() or is_channels_last(input)):
-        return "the input is neither contiguous nor channels_last"
-    if device == "cpu" and input.numel() <= kernels.few_values and not torch.compiler.is_dynamo_compiling():
-        return f"PyTorch's own operations are as fast on up to {kernels.few_values} values"
-    return None
-
-
-def _why_not_channels(channels: int, dtype: torch.dtype, device: torch.device, *vectors) -> str | None:
-    """Why the vectors, None or not, are not per-channel ones of an activation of `dtype`."""
-    dtypes = dtype, accumulation_dtype(dtype)
-    for vector in vectors:
-        if vector is not None and not (
-            vector.dim() == 1
-            and vector.size(0) == channels
-            and vector.dtype in dtypes
-            and vector.device == device
-            and vector.is_contiguous()
-        ):
-            return "a parameter or running statistic has another dtype, device, size or stride"
-    return None
-
-
-def _why_not_residual(residual: Tensor | None, input: Tensor) -> str | None:
-    if residual is None or (
-        residual.shape == input.shape and residual.dtype == input.dtype and residual.device == input.device
-    ):
-        return None
-    return "what is added has another shape, dtype or device"
-
-
-def _why_not_statistics(
-    input: Tensor, running_mean, running_var, training: bool, momentum, eps
-) -> str | None:
-    if training and input.numel() <= input.size(1):
-        return "there is one value a channel"
-    if not training and (running_mean is None or running_var is None):
-        return "there are no running statistics"
-    return _why_pytorch_refuses(running_mean, running_var, training, momentum, eps)
-
-
-def _why_pytorch_refuses(running_mean, running_var, training: bool, momentum, eps) -> str | None:
-    """What F.batch_norm is left to complain about."""
-    if eps < 0 or (training and eps <= 0):
-        return "eps is not positive"
-    if any(t is not None and t.requires_grad for t in (running_mean, running_var)):
-        return "a running statistic requires a gradient"
-    return None if isinstance(momentum, (int, float)) else "momentum is not a number"
 
 
 def _tell_composed(reason: str) -> None:
@@ -144,10 +49,10 @@ def _bn_act(
         _check_residual(op, "residual", residual, input)
     channel_vectors = (running_mean, running_var, weight, bias)
     reason = (
-        _why_no_kernel(input, residual, *channel_vectors)
-        or _why_not_residual(residual, input)
-        or _why_not_channels(input.size(1), input.dtype, input.device, *channel_vectors)
-        or _why_not_statistics(input, running_mean, running_var, training, momentum, eps)
+        cases.why_no_kernel(input, residual, *channel_vectors)
+        or cases.why_not_residual(residual, input)
+        or cases.why_not_channels(input.size(1), input.dtype, input.device, *channel_vectors)
+        or cases.why_not_statistics(input, running_mean, running_var, training, momentum, eps)
     )
     if reason is not None:
         _tell_composed(reason)
@@ -155,12 +60,18 @@ def _bn_act(
             input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
         )
         return _pooled(pool, output)
-    if pool is not None and relu and residual is None and not is_traced() and max_pool.covers(pool, input):
+    if (
+        pool is not None
+        and relu
+        and residual is None
+        and not cases.is_traced()
+        and max_pool.covers(pool, input)
+    ):
         return max_pool.bn_relu_max_pool(pool, input, *channel_vectors, training, momentum, eps)
     if residual is not None and not same_layout(residual, input):
         residual = torch.empty_like(input).copy_(residual)
     arguments = (input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu)
-    if is_traced():
+    if cases.is_traced():
         return _pooled(pool, _kernels.bn_act_forward(*arguments)[0])
     return _pooled(pool, bn_act(*arguments)[0])
 
@@ -172,15 +83,6 @@ def _pooled(pool: max_pool.MaxPool | None, output: Tensor) -> Tensor:
     if record is not None and not torch.compiler.is_dynamo_compiling():
         record.pool_apart()
     return call_without_keeping(lambda values: max_pool.max_pool(pool, values), output)
-
-
-def is_traced() -> bool:
-    """Whether somebody records ops, and is to see this one before its autograd."""
-    return (
-        torch.compiler.is_dynamo_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or _len_torch_dispatch_stack_pre_dispatch() > 0
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -295,7 +197,7 @@ def add_relu(input: Tensor, other: Tensor) -> Tensor:
 
     Reference: torch.relu(input + other).
     """
-    reason = _why_no_kernel(input, other) or _why_not_residual(other, input)
+    reason = cases.why_no_kernel(input, other) or cases.why_not_residual(other, input)
     if reason is None and not same_layout(other, input):
         reason = "what is added has another memory layout"
     if reason is None:
@@ -375,7 +277,7 @@ def conv_bn_act(
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned)
     at_once = not training and running_mean is not None and running_var is not None and not needs_grad
     by = None
-    refused = _why_pytorch_refuses(running_mean, running_var, training, momentum, eps)
+    refused = cases.why_pytorch_refuses(running_mean, running_var, training, momentum, eps)
     at_once = at_once and refused is None
     if at_once or (training and conv_bias is None and refused is None):
         geometry = (stride, padding, dilation, groups)
@@ -436,14 +338,14 @@ def _for_ours(
 ) -> convolution.Geometry | None:
     """The geometry, if our convolution runs the layer and is the faster one: as measured, or by rule."""
     if not torch.compiler.is_dynamo_compiling() and (
-        is_traced() or is_special(input, weight, residual, conv_bias, *channel_vectors)
+        cases.is_traced() or cases.is_special(input, weight, residual, conv_bias, *channel_vectors)
     ):
         return None
     by = convolution.covered(input, weight, residual, *geometry)
     if by is None:
         return None
     dtype = convolution.compute_dtype(input)
-    if _why_not_channels(weight.size(0), dtype, input.device, *channel_vectors, conv_bias) is not None:
+    if cases.why_not_channels(weight.size(0), dtype, input.device, *channel_vectors, conv_bias) is not None:
         return None
     faster = convolution.expected_faster(by, input, weight, needs_grad)
     if torch.compiler.is_dynamo_compiling():
@@ -470,7 +372,7 @@ def _for_ours(
 
 
 def _of_images(input, weight, *rest) -> Tensor | None:
-    if is_traced() or is_special(input, weight):
+    if cases.is_traced() or cases.is_special(input, weight):
         return None
     return convolution.of_images(input, weight, *rest)
 

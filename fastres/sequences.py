@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from fastres import _C, inplace, ops, sites
+from fastres import _C, cases, inplace, sites
 from fastres.convolution import compute_dtype, pair
 from fastres.fuse import Fused, set_class, subclass
 from fastres.generated import compiled
@@ -94,7 +94,7 @@ class Forwards:
         """What runs instead of the model's forward now; None if that does."""
         if type(input) is not Tensor or self.model.training or self._changes > _MOST_CHANGES:
             return None
-        if ops.is_special(input) or ops.is_traced() or sites.watched():
+        if cases.is_special(input) or cases.is_traced() or sites.watched():
             return None
         if not self._snapshot.holds():
             # The next call takes the trouble, if by then the model is still what it is now.

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from fastres import doctor, kernels, ops
+from fastres import cases, doctor, kernels, ops
 
 
 def run(capsys):
@@ -101,7 +101,7 @@ def test_the_kernels_are_what_is_tested(few_values, capsys, monkeypatch):
 
 
 def test_an_op_that_no_kernel_runs_is_a_problem(capsys, monkeypatch):
-    monkeypatch.setattr(ops, "_why_no_kernel", lambda *_: "of the test")
+    monkeypatch.setattr(cases, "why_no_kernel", lambda *_: "of the test")
     status, printed = run(capsys)
     assert status == 1 and "no kernel ran: of the test" in printed
 
