@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastres import sites
 
@@ -35,7 +34,7 @@ def conv_bn_act(
     add = _into_residual if into_residual else Tensor.add_
     if residual.dtype is dtype:
         return sites.conv_bn_act(conv, bn, act, input, residual, relu=relu, add=add)
-    return _activated(act, add(sites.conv_bn_act(conv, bn, None, input, relu=False), residual), relu)
+    return sites.activate(act, add(sites.conv_bn_act(conv, bn, None, input, relu=False), residual), relu)
 
 
 def bn_act(
@@ -51,21 +50,15 @@ def bn_act(
     add = _into_residual if into_residual else Tensor.add_
     if residual.dtype is input.dtype:
         return sites.bn_act(bn, act, input, residual, relu=relu, add=add)
-    return _activated(act, add(sites.bn_act(bn, None, input, relu=False), residual), relu)
+    return sites.activate(act, add(sites.bn_act(bn, None, input, relu=False), residual), relu)
 
 
 def add_act(act: nn.Module | None, input: Tensor, other: Tensor) -> Tensor:
     """`sites.add_act` of a sum that is written into `input`."""
     if input.dtype is other.dtype:
         return sites.add_act(act, input, other, add=Tensor.add_)
-    return _activated(act, input.add_(other), relu=True)
+    return sites.activate(act, input.add_(other), relu=True)
 
 
 def _into_residual(output: Tensor, residual: Tensor) -> Tensor:
     return residual.add_(output)
-
-
-def _activated(act: nn.Module | None, output: Tensor, relu: bool) -> Tensor:
-    if act is not None:
-        return act(output)
-    return F.relu(output) if relu else output

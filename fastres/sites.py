@@ -232,7 +232,7 @@ def conv_bn_act(
     if _listener is not None:
         _tell("conv_bn", (conv, bn, act, pool), residual, relu, reason, pool)
     if reason is not None:
-        output = _activate(act, _sum(bn(conv(input)), residual, add), relu)
+        output = activate(act, _sum(bn(conv(input)), residual, add), relu)
         return output if pool is None else pool(output)
     running_mean, running_var, training, momentum = _statistics(bn)
     try:
@@ -288,7 +288,7 @@ def bn_act(
     if _listener is not None:
         _tell("bn", (bn, act), residual, relu, reason)
     if reason is not None:
-        return _activate(act, _sum(bn(input), residual, add), relu)
+        return activate(act, _sum(bn(input), residual, add), relu)
     return _fused_bn_act(bn, input, residual, relu)
 
 
@@ -320,7 +320,7 @@ def add_act(act: nn.Module | None, input: Tensor, other: Tensor, *, add: Add = t
     if _listener is not None:
         _tell("", (act,), other, True, reason)
     if reason is not None:
-        return _activate(act, add(input, other), relu=True)
+        return activate(act, add(input, other), relu=True)
     return ops.add_relu(input, other)
 
 
@@ -367,7 +367,8 @@ def _sum(output: Tensor, residual: Tensor | None, add: Add = torch.add) -> Tenso
     return output if residual is None else add(output, residual)
 
 
-def _activate(act: nn.Module | None, output: Tensor, relu: bool) -> Tensor:
+def activate(act: nn.Module | None, output: Tensor, relu: bool) -> Tensor:
+    """What `act` makes of it, or F.relu if there is to be one."""
     if act is not None:
         return act(output)
     return F.relu(output) if relu else output

@@ -22,7 +22,8 @@ def advice(profile: Profile) -> list[str]:
         elif value > 1:
             sentences.append(f"Fused is {value:.2f}x faster than {against} {spread}.")
         else:
-            sentences.append(f"Fused is {1 / value:.2f}x slower than {against}.")
+            spread = f"({1 / speedup.high:.2f}x to {1 / speedup.low:.2f}x)"
+            sentences.append(f"Fused is {1 / value:.2f}x slower than {against} {spread}.")
     sentences += _doubts(profile)
     unfused = [row for row in profile.rows if row.data["reason"]]
     if unfused:
