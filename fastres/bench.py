@@ -25,7 +25,7 @@ from fastres.fuse import fuse
 from fastres.inference import optimize_for_inference
 from fastres.models import by_name
 from fastres.progress import shown
-from fastres.timing import Machine, Seconds, Spread, interleave, ratios, usable_cores
+from fastres.timing import Machine, Seconds, Spread, cudnn_benchmark, interleave, ratios, usable_cores
 
 # torch.compile's mode; none where stock layers run as they are.
 _STOCK_VARIANTS = {
@@ -120,7 +120,7 @@ def measure(
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     breakdown = {}
-    with _cudnn_benchmark():
+    with cudnn_benchmark():
         variants = {name: Variant(name, arguments) for name in ("fused", *against)}
         for variant in variants.values():
             variant.warm_up(advance)
@@ -135,16 +135,6 @@ def measure(
                 advance()
     settings = {name: getattr(arguments, name) for name in _SETTINGS}
     return _result(settings, machine, seconds, breakdown, variants)
-
-
-@contextlib.contextmanager
-def _cudnn_benchmark() -> Iterator[None]:
-    """Stock PyTorch at its best: warming up tries the algorithms."""
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 _SETTINGS = (

@@ -9,7 +9,8 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -194,3 +195,13 @@ def _gpu_clocks(device: torch.device) -> str:
     except (OSError, subprocess.SubprocessError, ValueError):
         return ""
     return f"{sm} of {most_sm} MHz, memory {memory} of {most_memory} MHz"
+
+
+@contextmanager
+def cudnn_benchmark() -> Iterator[None]:
+    """Stock PyTorch at its best: warming up tries the algorithms."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

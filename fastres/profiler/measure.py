@@ -24,7 +24,7 @@ from fastres.profiler.count import Count, Saved
 from fastres.profiler.result import VERSION, Profile
 from fastres.profiler.trace import Trace, trace
 from fastres.profiler.walk import Part, Walk
-from fastres.timing import Machine, clock_of
+from fastres.timing import Machine, clock_of, cudnn_benchmark
 
 VARIANTS = ("stock", "compile")
 _WARM_UP = 2  # calls: the first makes the optimizer's state, the second runs in the memory so gained
@@ -79,7 +79,7 @@ def profile(
         raise ProfileError(f"against={against!r}: expected 'stock', and 'compile' if wanted")
     if repeat < 1:
         raise ProfileError(f"repeat={repeat}: expected 1 or more")
-    with subject.errors():
+    with subject.errors(), cudnn_benchmark():
         return _profile(subject, name or type(model).__name__, tuple(against), repeat, trace_path, advance)
 
 

@@ -99,6 +99,8 @@ def _footer(console: Console, profile: Profile) -> None:
     for name, by_variant in data["rest"].items():
         times = ", ".join(f"{v} {sorted(t)[len(t) // 2] * 1e3:.2f} ms" for v, t in by_variant.items())
         console.print(f"{name}: {times}")
+    if data["settings"]["device"] == "cuda":
+        console.print("Each step begins with a cold L2 cache; its parts follow each other.")
     for variant in profile.variants:
         saved = f", {profile.saved_bytes(variant) / 1e6:.0f} MB kept for the backward pass"
         whole = sorted(data["whole_step"][variant])[len(data["whole_step"][variant]) // 2]
