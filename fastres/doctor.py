@@ -210,29 +210,21 @@ def _quotients(name: str, device: str) -> Iterator[tuple[str, float]]:
                     yield f"{result} {case}", _quotient(*pooled)
 
 
-class _KernelsRan:
-    """In the place of a sites.Record."""
-
-    own_in_channels_last = False
-
-    def composed(self, reason: str) -> None:
-        raise RuntimeError(f"no kernel ran: {reason}")
-
-    def convolved(self) -> None:
-        pass
-
-
 def _by_kernels(op: "Callable[..., torch.Tensor]") -> "Callable[..., torch.Tensor]":
-    """The op, run by kernels on few values too; an error where PyTorch's own operations would run it."""
+    """The op, run by kernels on few values too; an error where PyTorch's own operations run it."""
     from fastres import kernels, ops
+    from fastres.sites import Record
 
     def run(*arguments, **options):
-        outer = ops.record, kernels.few_values
-        ops.record, kernels.few_values = _KernelsRan(), 0
+        outer, record = (ops.record, kernels.few_values), Record((), "", True, None)
+        ops.record, kernels.few_values = record, 0
         try:
-            return op(*arguments, **options)
+            output = op(*arguments, **options)
         finally:
             ops.record, kernels.few_values = outer
+        if not record.fused:
+            raise RuntimeError(f"no kernel ran: {record.reason[1]}")
+        return output
 
     return run
 

@@ -275,11 +275,11 @@ def conv_bn_act(
     channel_vectors = (running_mean, running_var, bn_weight, bn_bias)
     learned = (input, weight, conv_bias, bn_weight, bn_bias, residual)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned)
-    at_once = not training and running_mean is not None and running_var is not None and not needs_grad
+    fits = cases.why_pytorch_refuses(running_mean, running_var, training, momentum, eps) is None
+    has_statistics = running_mean is not None and running_var is not None
+    at_once = fits and not training and has_statistics and not needs_grad
     by = None
-    refused = cases.why_pytorch_refuses(running_mean, running_var, training, momentum, eps)
-    at_once = at_once and refused is None
-    if at_once or (training and conv_bias is None and refused is None):
+    if at_once or (fits and training and conv_bias is None):
         geometry = (stride, padding, dilation, groups)
         others = conv_bias, channel_vectors, geometry, training, needs_grad
         by = _for_ours(input, weight, residual, *others)

@@ -138,16 +138,19 @@ def watched() -> bool:
     return _listener is not None or _why_no_site() is not None
 
 
-def _why_stock() -> Reason | None:
-    if _stock:
-        return _STOCK
+def _why_traced() -> Reason | None:
     return None if torch._C._get_tracing_state() is None else _TRACING
 
 
+def _why_stock() -> Reason | None:
+    return _STOCK if _stock else _why_traced()
+
+
 def _why_each_call_is_seen() -> Reason | None:
-    if torch._C._get_tracing_state() is not None:
-        return _TRACING
-    return (None, "a global module hook is set") if _has_any_global_hook() else None
+    reason = _why_traced()
+    if reason is None and _has_any_global_hook():
+        return None, "a global module hook is set"
+    return reason
 
 
 def _why_no_site() -> Reason | None:

@@ -36,7 +36,7 @@ struct TapAxis {
     // What so many pixels of the grid see, in whole steps.
     int64_t patch(int64_t grid) const { return (grid - 1 + ceil_div(span(), patch_step())) * patch_step(); }
     RowOrder order(int64_t grid) const {
-        return {(grid - 1) * step + span(), step, taps.size() == 1 ? 1 : step};
+        return rows_seen(grid, step, span(), static_cast<int64_t>(taps.size()));
     }
     bool consecutive() const { return span() == static_cast<int64_t>(taps.size()); }
 };

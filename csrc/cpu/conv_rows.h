@@ -25,6 +25,11 @@ struct RowOrder {
     int64_t place(int64_t row) const { return before(row % stride) + row / stride; }
 };
 
+// What so many neighbours in the output see, each of them `taps` rows of `span`. One tap skips the others.
+inline RowOrder rows_seen(int64_t outputs, int64_t stride, int64_t span, int64_t taps) {
+    return {(outputs - 1) * stride + span, stride, taps == 1 ? 1 : stride};
+}
+
 struct ImageRows {
     Range images;
     int64_t first;  // those outside of the image are zero

@@ -53,9 +53,8 @@ class DirectLoop : WeightGradTasks {
 
     // Of the input.
     RowOrder rows_of(const Box& box) const {
-        const int64_t stride = shape_.stride.h;
-        return {(box.rows.size() - 1) * stride + (shape_.kernel.h - 1) * shape_.dilation.h + 1, stride,
-                shape_.kernel.h == 1 ? 1 : stride};
+        const int64_t taps = shape_.kernel.h;
+        return rows_seen(box.rows.size(), shape_.stride.h, (taps - 1) * shape_.dilation.h + 1, taps);
     }
 
     // Whether the rows of the sums are out channels, and the lanes in channels. What the kernel's rows

@@ -92,12 +92,13 @@ def measured(device: torch.device) -> Limits:
 def _measure(device: torch.device) -> Limits:
     sizes = _levels(device)
     copy = {}
-    before = 2**18
+    before = 2**18  # beyond what a core has of the first level
     for name, size in sizes.items():
         # The two tensors of a copy take half of the level at most: it is not theirs alone, and of a large
         # one other machines may hold more than they show. In memory, what no level holds.
         if size:
-            tried = [size // 2, *(2 * before * 4**i for i in range(4) if 2 * before * 4**i < size // 2)]
+            smaller = (2 * before * 4**i for i in range(4))
+            tried = [size // 2, *(bytes for bytes in smaller if bytes < size // 2)]
         else:
             tried = [max(2 * before, min(8 * before, 2**29))]
         copy[name] = Level(size, max(_copy_speed(bytes, device) for bytes in tried))
