@@ -5,11 +5,14 @@ No test asks for a speed.
 
 import contextlib
 import errno
+import io
 import json
+import re
 import time
 
 import pytest
 import torch
+from fastres._C import cpu_isa
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -199,6 +202,38 @@ def test_parts_add_up_and_come_back_from_the_file(mode, dtype, tmp_path):
     result.to_json(path)
     assert Profile.read(path).data == json.loads(json.dumps(result.data))
     assert "small" in str(result)
+
+
+def test_says_what_pytorch_saw_of_an_op_in_both_directions():
+    model = models.resnet18(num_classes=10).to(memory_format=torch.channels_last)
+    rows = fastres.profile(model, images(64, batch=8), repeat=1).rows
+    called = next(r for r in rows if (r.block, r.name) == ("layer1.0", "conv1 bn1 relu")).data["called"]
+    assert {"aten::conv2d", "aten::batch_norm"} <= set(called["stock"]["forward"])
+    assert "aten::convolution_backward" in called["stock"]["backward"]
+    ours = "fastres::conv_bn_act_{}" if cpu_isa() != "scalar" else "fastres::bn_act_{}"
+    assert ours.format("forward") in called["fused"]["forward"]
+    assert ours.format("backward") in called["fused"]["backward"]
+
+
+def test_the_tables_have_each_op_and_the_sums_of_its_block():
+    result = fastres.profile(models.cifar_resnet20(num_classes=10), images(), repeat=2)
+    shown = io.StringIO()
+    result.show(shown)
+    blocks, ops = [
+        [re.split(r"  +", line.strip()) for line in table.splitlines()]
+        for table in shown.getvalue().split("\n\n")[:2]
+    ]
+    assert "\n".join(blocks.pop(0)) == result.title
+    machine, titles, *blocks = blocks
+    assert titles == ["block", *ops[0][3:]] and len(ops) == 1 + len(result.rows)
+    assert [line[0] for line in blocks] == [block["name"] for block in result.data["blocks"]]
+    for block, line in zip(result.blocks, blocks, strict=True):
+        rows = [row for row in result.rows if row.block == block.block]
+        shown = dict(zip(titles, line, strict=True))
+        assert shown["GFLOP"] == f"{sum(sum(row.data['flops'].values()) for row in rows) / 1e9:.2f}"
+        assert shown["MB to move"] == f"{sum(sum(row.data['bytes'].values()) for row in rows) / 1e6:.1f}"
+        for index, seconds in enumerate(block.by_round("fused", "backward")):
+            assert seconds == pytest.approx(sum(row.by_round("fused", "backward")[index] for row in rows))
 
 
 def test_says_why_an_op_runs_unfused():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastres.cli import main
+from fastres.profiler.advice import advice
 from fastres.profiler.result import Profile
 
 PROFILE = Path(__file__).with_name("profile.json")
@@ -178,6 +179,23 @@ def test_the_headline_says_faster_and_slower_alike(opened, profile, factor, word
     profile.data["whole_step"]["stock"] = [t * factor for t in profile.data["whole_step"]["fused"]]
     page = opened()
     assert page.locator(".headline b").first.text_content() == f"2.00× {word}"
+
+
+def test_the_headline_says_within_the_noise_as_the_advice_does(opened, profile):
+    fused = profile.data["whole_step"]["fused"] = [1.0, 1.0, 1.0]
+    profile.data["whole_step"]["stock"] = [t * f for t, f in zip(fused, (0.8, 1.05, 1.3), strict=True)]
+    page = opened()
+    assert page.locator(".headline b").first.text_content() == "As fast"
+    assert advice(profile)[0].startswith("Fused is as fast as stock, within the noise")
+
+
+def test_the_table_says_what_pytorch_saw(opened, profile):
+    profile.data["blocks"][0]["ops"][0]["called"]["fused"] = {
+        "forward": ["a::b"],
+        "backward": ["a::b", "c::d"],
+    }
+    page = opened()
+    assert "a::b, c::d" in texts(page, column_of(page, "PyTorch saw"))
 
 
 def test_without_a_backward_pass(opened, profile):

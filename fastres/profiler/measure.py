@@ -153,7 +153,9 @@ def _profile(subject, name, against, repeat, trace_path, advance) -> Profile:
             if saved:
                 entry["saved_bytes"] = {v: sum(s.bytes[p] for p in op.pieces) for v, s in saved.items()}
             place = f"{block.name}: {op.name}"
-            entry["implementation"] = {v: t.ops.get((place, "forward"), []) for v, t in traces.items()}
+            entry["called"] = {
+                v: {d: t.ops.get((place, d), []) for d in directions} for v, t in traces.items()
+            }
     data["advice"] = advice(Profile({**data, "advice": []}))
     return Profile(data)
 

@@ -40,7 +40,8 @@ def html(profile: Profile) -> str:
         _section(
             "All ops",
             "Those that lose most against the limit come first; a press on a title sorts by it. ± is half "
-            "the distance of the quartiles.",
+            "the distance of the quartiles. What PyTorch saw are the ops that took at least a twentieth of "
+            "the fused time.",
             _table(profile),
         ),
         _section("The rest of the step", "", _rest(profile)),
@@ -74,9 +75,11 @@ def _headline(profile: Profile) -> str:
         value = spread.median if faster else 1 / spread.median
         times = f"{_ms(whole['fused'])} against {_ms(whole[against])} ms a step"
         speeds = f"{images / whole['fused']:.1f} against {images / whole[against]:.1f} images/s"
+        verdict = f"{value:.2f}× {'faster' if faster else 'slower'}</b> than {escaped(against)}"
+        if low <= 1:
+            verdict = f"As fast</b> as {escaped(against)}, within the noise: {value:.2f}×"
         parts.append(
-            f"<div><b>{value:.2f}× {'faster' if faster else 'slower'}</b> than {escaped(against)}, "
-            f"{low:.2f} to {high:.2f}<br><small>{times}, {speeds}</small></div>"
+            f"<div><b>{verdict}, {low:.2f} to {high:.2f}<br><small>{times}, {speeds}</small></div>"
         )
     fused, stock = profile.saved_bytes("fused"), profile.saved_bytes("stock")
     if stock:
@@ -95,6 +98,7 @@ def _table(profile: Profile) -> str:
         ("block", True),
         ("op", True),
         ("ran", True),
+        ("PyTorch saw", True),
         *((f"{d} ms", False) for d in directions),
         ("ms", False),
         ("± ms", False),
@@ -145,6 +149,7 @@ def _cells(row: Row, directions: list[str]) -> str:
         f'<td class="text reason">stock: {escaped(row.data["reason"])}</td>'
         if runs_stock
         else f'<td class="text">{escaped(row.data["ran"])}</td>',
+        f'<td class="text called">{escaped(", ".join(row.called("fused")))}</td>',
     ]
     cells = "".join(f'<td data-value="{value:.6g}">{value:{form}}</td>' for value, form in numbers)
     return f"<tr>{''.join(texts)}{cells}</tr>"
@@ -185,17 +190,13 @@ def _mb(bytes: float) -> str:
 
 
 def _blocks(profile: Profile) -> dict:
-    names = [block["name"] for block in profile.data["blocks"]]
-    rows = {name: [row for row in profile.rows if row.block == name] for name in names}
-    directions = profile.rows[0].directions if profile.rows else []
+    blocks = profile.blocks
+    directions = blocks[0].directions if blocks else []
     views = [("both", directions)] if len(directions) > 1 else []
     views += [(direction, [direction]) for direction in directions]
 
     def bars(variant: str, of: list[str]) -> dict:
-        spreads = []
-        for name in names:
-            by_row = [row.by_round(variant, *of) for row in rows[name]]
-            spreads.append(Spread.of([sum(times) * 1e3 for times in zip(*by_row, strict=True)]))
+        spreads = [Spread.of([time * 1e3 for time in block.by_round(variant, *of)]) for block in blocks]
         return {
             "x": [s.median for s in spreads],
             "error_x": {
@@ -215,7 +216,7 @@ def _blocks(profile: Profile) -> dict:
                 "type": "bar",
                 "orientation": "h",
                 "name": variant,
-                "y": [escaped(name) for name in names],
+                "y": [escaped(block.block) for block in blocks],
                 "marker": {"color": _COLOURS[variant]},
                 "hovertemplate": "%{y}, " + variant + ": %{x:.2f} ms<extra></extra>",
                 **bars(variant, views[0][1]),
@@ -223,7 +224,7 @@ def _blocks(profile: Profile) -> dict:
             for variant in profile.variants
         ],
         "layout": {
-            "height": 90 + 34 * len(names),
+            "height": 90 + 34 * len(blocks),
             "barmode": "group",
             "bargap": 0.25,
             "xaxis": {"title": {"text": "ms"}, "rangemode": "tozero"},

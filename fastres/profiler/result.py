@@ -27,20 +27,37 @@ _PARTS = (
     "memory",
     "advice",
 )
+_SUMMED = ("seconds", "flops", "bytes", "bound", "saved_bytes")
+
+
+def _sum(values: list):
+    """Of numbers, or of dicts and lists of them, place by place."""
+    first = values[0]
+    if isinstance(first, dict):
+        return {key: _sum([value[key] for value in values]) for key in first}
+    if isinstance(first, list):
+        return [sum(numbers) for numbers in zip(*values, strict=True)]
+    return sum(values)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One op of a profile.
+    """One op of a profile, or a whole block.
 
     Attributes:
-        block, name: where it is.
-        data: its part of the JSON.
+        block, name: where it is; the name is "" for the whole block.
+        data: its part of the JSON; of a block, the sums of those of its ops.
     """
 
     block: str
     name: str
     data: dict
+
+    @classmethod
+    def total(cls, block: str, ops: list[dict]) -> Row:
+        """The whole of a block."""
+        numbers = {key: _sum([op[key] for op in ops]) for key in _SUMMED if all(key in op for op in ops)}
+        return cls(block, "", numbers)
 
     @property
     def directions(self) -> list[str]:
@@ -66,6 +83,11 @@ class Row:
     def saved_bytes(self, variant: str) -> int:
         """Kept for the backward pass."""
         return self.data.get("saved_bytes", {}).get(variant, 0)
+
+    def called(self, variant: str) -> list[str]:
+        """PyTorch's ops that took an op's time, forward before backward."""
+        by_direction = self.data.get("called", {}).get(variant, {})
+        return list(dict.fromkeys(name for names in by_direction.values() for name in names))
 
     @property
     def bound(self) -> float:
@@ -112,6 +134,11 @@ class Profile:
     def rows(self) -> list[Row]:
         """All ops, in the order of the forward."""
         return [Row(block["name"], op["name"], op) for block in self.data["blocks"] for op in block["ops"]]
+
+    @property
+    def blocks(self) -> list[Row]:
+        """All blocks, in the order of the forward."""
+        return [Row.total(block["name"], block["ops"]) for block in self.data["blocks"]]
 
     @property
     def variants(self) -> list[str]:
@@ -165,7 +192,7 @@ class Profile:
     __repr__ = __str__
 
     def show(self, file=None) -> None:
-        """Print the table of blocks and ops, those first that lose most against the bound."""
+        """Print a table of the blocks and one of the ops, those first that lose most against the bound."""
         from fastres.profiler.table import show
 
         show(self, file)

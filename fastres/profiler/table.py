@@ -13,28 +13,14 @@ _WIDTH = 180  # of a file or a pipe: nothing is cut
 
 
 def show(profile: Profile, file=None) -> None:
-    """Print it, those ops first that lose most time against the machine's limit."""
+    """Print it: the blocks in order, then the ops, those first that lose most against the limit."""
     console = _console(file)
     console.print(profile.title, markup=False)
     console.print(str(profile.machine), markup=False)
-    directions = profile.rows[0].directions if profile.rows else []
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("block")
-    table.add_column("op", max_width=34)
-    table.add_column("ran", max_width=18)
-    for title in (
-        *(f"{d} ms" for d in directions),
-        "± ms",
-        "stock ms",
-        "stock/fused",
-        "bound ms",
-        "reached",
-        "lost ms",
-    ):
-        table.add_column(title, justify="right")
-    for row in sorted(profile.rows, key=lambda row: -row.lost):
-        table.add_row(*_cells(row, directions))
-    console.print(table)
+    console.print(_blocks(profile))
+    console.print()
+    console.print(_ops(profile))
+    console.print()
     _footer(console, profile)
 
 
@@ -77,17 +63,48 @@ def _console(file) -> Console:
     return console
 
 
-def _cells(row: Row, directions: list[str]) -> list[str]:
+def _blocks(profile: Profile) -> Table:
+    blocks = profile.blocks
+    return _table(["block"], [[block.block] for block in blocks], blocks)
+
+
+def _ops(profile: Profile) -> Table:
+    rows = sorted(profile.rows, key=lambda row: -row.lost)
+    return _table(["block", "op", "ran"], [[row.block, row.name, _ran(row)] for row in rows], rows)
+
+
+def _ran(row: Row) -> str:
+    return (
+        row.data["ran"] if row.data["fused"] or not row.data["reason"] else f"stock: {row.data['reason']}"
+    )
+
+
+def _table(titles: list[str], texts: list[list[str]], rows: list[Row]) -> Table:
+    """Of the rows' numbers, behind their texts."""
+    directions = rows[0].directions if rows else []
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in titles:
+        table.add_column(title, max_width=34 if title == "op" else 24)
+    for title in (*(f"{d} ms" for d in directions), *_NUMBERS):
+        table.add_column(title, justify="right")
+    for text, row in zip(texts, rows, strict=True):
+        table.add_row(*text, *_numbers(row, directions))
+    return table
+
+
+_NUMBERS = ("± ms", "stock ms", "stock/fused", "GFLOP", "MB to move", "bound ms", "reached", "lost ms")
+
+
+def _numbers(row: Row, directions: list[str]) -> list[str]:
     fused, stock = row.seconds("fused"), row.seconds("stock")
     spread = Spread.of(row.by_round("fused"))
     return [
-        row.block,
-        row.name,
-        row.data["ran"] if row.data["fused"] or not row.data["reason"] else f"stock: {row.data['reason']}",
         *(f"{row.seconds('fused', d) * 1e3:.2f}" for d in directions),
         f"{(spread.high - spread.low) / 2 * 1e3:.2f}",
         f"{stock * 1e3:.2f}",
         f"{row.speedup().median:.2f}x" if fused else "",
+        f"{sum(row.data['flops'].values()) / 1e9:.2f}",
+        f"{sum(row.data['bytes'].values()) / 1e6:.1f}",
         f"{row.bound * 1e3:.2f}",
         f"{row.bound / fused:.0%}" if fused else "",
         f"{row.lost * 1e3:.2f}",
