@@ -108,6 +108,11 @@ SHAPES = [
     *(random_shape(seed) for seed in range(72)),
     Shape(1, 64, 65, (1, 230)),  # a row is more than a box
     Shape(2, 16, 5, (3, 230), (3, 3), (1, 1), (1, 1)),
+    # Narrow blocks of channels, and images so wide that the kernel's columns share what is loaded.
+    Shape(2, 24, 17, (9, 21), (3, 3), (1, 1), (1, 1)),
+    Shape(3, 16, 32, (6, 40), (5, 5), (1, 1), (3, 0), (1, 2)),
+    Shape(2, 65, 31, (20, 19), (3, 3), (2, 1), (1, 1)),
+    Shape(2, 32, 16, (8, 8), (1, 1)),
     Shape(1, 65, 16, (2, 230), (1, 1), (2, 3), (0, 1)),
     Shape(1, 5, 3, (230, 1), (5, 1), (1, 1), (2, 0)),
     Shape(3, 65, 130, (1, 1), (1, 1)),  # a pixel an image

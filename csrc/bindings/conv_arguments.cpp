@@ -26,9 +26,12 @@ struct PackedHeader {
     int32_t block, pack, groups;
 
     explicit PackedHeader(const cpu::ConvForward& args)
-        : block(cpu::convolution_kernels(args.dtype)->block),
-          pack(cpu::convolution_kernels(args.dtype)->pack),
-          groups(static_cast<int32_t>(args.shape.groups)) {}
+        : PackedHeader(cpu::fitting(*cpu::convolution_kernels(args.dtype), args.shape.out_channels),
+                       args.shape.groups) {}
+
+  private:
+    PackedHeader(const cpu::ConvKernels& kernels, int64_t groups)
+        : block(kernels.block), pack(kernels.pack), groups(static_cast<int32_t>(groups)) {}
 };
 
 int64_t packed_bytes(const cpu::ConvForward& args) {

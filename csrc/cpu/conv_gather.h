@@ -85,7 +85,7 @@ class GatherLoop {
     GatherLoop(const Gather& args, const ThreadPool& pool)
         : args_(args),
           pool_(pool),
-          kernels_(*convolution_kernels(args.dtype)),
+          kernels_(fitting(*convolution_kernels(args.dtype), args.out_channels)),
           taps_(static_cast<int64_t>(args.rows.taps.size() * args.columns.taps.size())),
           k_words_(ceil_div(args.in_channels, kernels_.pack)),
           n_blocks_(ceil_div(args.out_channels, kernels_.block)),

@@ -161,6 +161,8 @@ struct ConvKernels {
     // Gives back what multiply set up in the processor, at the end of a thread's task and before it runs
     // anything but these loops; null: nothing.
     void (*release)();
+    // The same for fewer output channels: a narrower block, of more rows; null: there is none.
+    const ConvKernels* narrower = nullptr;
 };
 
 // The steps that multiply takes at once from a run, where they begin at aligned words of memory: equal

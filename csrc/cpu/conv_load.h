@@ -195,6 +195,10 @@ struct LoadPixels {
 
     template <Prologue kind, bool with_relu>
     void run() const {
+        if constexpr (Words::pack == 1) {
+            if (row.channels == width)
+                return LoadChannels<Words, T>{row, words}.template run<kind, with_relu>();
+        }
         const int64_t total = (row.columns + Words::pack - 1) / Words::pack;
         int64_t step = 0;
         while (step < total) {

@@ -15,22 +15,32 @@
 namespace fastres::cpu::FASTRES_ISA {
 namespace {
 
-// The tile that fills the registers of the instruction set.
+// The tiles that fill the registers of the instruction set, by their vectors. Fewer output channels than a
+// vector has lanes, or two, leave most of the usual tile's registers unused: a layer of 16 then takes 0.84x
+// the time by a tile of its own.
 #if defined(__AVX512F__)
-constexpr int kTileRows = 7, kTileVectors = 4;
+constexpr int kRows[] = {0, 16, 14, 0, 7}, kNarrowest = 1, kWidest = 4;
 #else
-constexpr int kTileRows = 6, kTileVectors = 2;
+constexpr int kRows[] = {0, 0, 6}, kNarrowest = 2, kWidest = 2;
 #endif
 
-template <class Words, class T>
+template <class Words, class T, int vectors>
+constexpr ConvKernels make_kernels();
+
+template <class Words, class T, int vectors = kWidest>
+constexpr ConvKernels kKernels = make_kernels<Words, T, vectors>();
+
+template <class Words, class T, int vectors>
 constexpr ConvKernels make_kernels() {
-    constexpr int block = kTileVectors * kLanes<float>;
+    constexpr int block = vectors * kLanes<float>, rows = kRows[vectors];
+    // Of the widest tile the last block of channels may leave some unused.
+    constexpr int fewest = vectors == kWidest ? 1 : vectors;
     ConvKernels kernels = {Words::pack,
                            block,
-                           kTileVectors,
-                           kTileRows,
+                           vectors,
+                           rows,
                            /*row_grain=*/1,
-                           multiply<Words, kTileRows, kTileVectors>,
+                           multiply<Words, rows, vectors, fewest>,
                            load_channels<Words, T>,
                            load_pixels<Words, T>,
                            /*load_steps=*/nullptr,
@@ -53,13 +63,12 @@ constexpr ConvKernels make_kernels() {
         kernels.multiply = multiply_amx<block>;
         kernels.load_steps = load_steps<Words, T>;
         kernels.release = release_tiles;
+        return kernels;
     }
 #endif
+    if constexpr (vectors > kNarrowest) kernels.narrower = &kKernels<Words, T, vectors / 2>;
     return kernels;
 }
-
-template <class Words, class T>
-constexpr ConvKernels kKernels = make_kernels<Words, T>();
 
 }  // namespace
 

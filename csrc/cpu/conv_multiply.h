@@ -117,19 +117,20 @@ FASTRES_ALWAYS void multiply_rows(const MultiplyTile& tile) {
     }
 }
 
-template <class Words, int tile_rows, int tile_vectors, int vectors>
+template <class Words, int tile_rows, int tile_vectors, int vectors, int fewest>
 FASTRES_ALWAYS void multiply_vectors(const MultiplyTile& tile) {
-    if constexpr (vectors > 0) {
-        constexpr int block = tile_vectors * kLanes<float>;
-        if (tile.vectors == vectors) return multiply_rows<Words, tile_rows, vectors, block>(tile);
-        multiply_vectors<Words, tile_rows, tile_vectors, vectors - 1>(tile);
+    constexpr int block = tile_vectors * kLanes<float>;
+    if constexpr (vectors > fewest) {
+        if (tile.vectors < vectors)
+            return multiply_vectors<Words, tile_rows, tile_vectors, vectors - 1, fewest>(tile);
     }
+    multiply_rows<Words, tile_rows, vectors, block>(tile);
 }
 
-template <class Words, int tile_rows, int tile_vectors>
+template <class Words, int tile_rows, int tile_vectors, int fewest_vectors>
 void multiply(const MultiplyTile& tile) {
     if (tile.prefetch) tile.prefetch->step();
-    multiply_vectors<Words, tile_rows, tile_vectors, tile_vectors>(tile);
+    multiply_vectors<Words, tile_rows, tile_vectors, tile_vectors, fewest_vectors>(tile);
 }
 
 }  // namespace fastres::cpu::FASTRES_ISA

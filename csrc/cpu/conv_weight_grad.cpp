@@ -20,6 +20,8 @@ class DirectLoop : WeightGradTasks {
                                                                             : RowsOf::in_channels),
           row_width_(
               std::min<int64_t>(kernels_.block, of_out() ? shape_.out_channels : shape_.in_channels)),
+          one_plane_(kernels_.pack == 1 && shape_.stride.w == 1 && shape_.kernel.w > 1 &&
+                     shape_.out.w >= kLeastColumns),
           input_grad_(input_grad) {}
 
     // Whether a box is loaded once, for all channels.
@@ -62,19 +64,26 @@ class DirectLoop : WeightGradTasks {
     // channels fill rows better than lanes.
     bool of_out() const { return rows_ == RowsOf::out_channels; }
 
-    // A run is what a box has of an image.
-    int64_t steps_of_run(const Box& box) const { return box.rows.size() * steps(box.columns.size()); }
+    // A run is what a box has of an image, or of a row of it where the kernel's columns share a plane.
+    int64_t rows_of_run(const Box& box) const { return one_plane_ ? 1 : box.rows.size(); }
+    int64_t runs_of(const Box& box) const { return box.images.size() * box.rows.size() / rows_of_run(box); }
+    int64_t steps_of_run(const Box& box) const { return rows_of_run(box) * steps(box.columns.size()); }
     // What a run of the gradient takes of each channel.
     int64_t grad_run(const Box& box) const {
         return of_out() ? Slots(steps_of_run(box)).count * Slots::kSize : steps_of_run(box);
     }
-    int64_t grad_steps(const Box& box) const { return box.images.size() * grad_run(box); }
-    int64_t input_steps(const Box& box) const {
-        return box.images.size() * rows_of(box).count() * steps(box.columns.size());
+    int64_t grad_steps(const Box& box) const { return runs_of(box) * grad_run(box); }
+    // Of a row of the input, in a plane.
+    int64_t input_columns(const Box& box) const {
+        return box.columns.size() + (one_plane_ ? (shape_.kernel.w - 1) * shape_.dilation.w : 0);
     }
+    int64_t input_steps(const Box& box) const {
+        return box.images.size() * rows_of(box).count() * steps(input_columns(box));
+    }
+    int64_t planes() const { return one_plane_ ? 1 : shape_.kernel.w; }
 
     int64_t words_of_operands(const Box& largest) const {
-        return grad_steps(largest) * out_chunk_ + input_steps(largest) * shape_.kernel.w * in_chunk_;
+        return grad_steps(largest) * out_chunk_ + input_steps(largest) * planes() * in_chunk_;
     }
 
     // A box's words of an operand.
@@ -82,12 +91,12 @@ class DirectLoop : WeightGradTasks {
         float* data;
         int64_t channels, width;  // width: those of a block
         bool by_steps;            // as load_steps leaves them; else as load_pixels does
-        int64_t plane;            // from what a column of the kernel sees to the next; 0: all see the same
+        int64_t column;           // from what a column of the kernel sees to the next; 0: all see the same
         int64_t block;            // from one block of channels to the next
         int64_t channel;          // from one channel to the next, where they are rows
         int64_t step;             // from one step to the next
 
-        // Of what one column of the kernel sees.
+        // Of a plane.
         int64_t size() const { return ceil_div(channels, width) * block; }
     };
     struct Operands {
@@ -124,15 +133,14 @@ class DirectLoop : WeightGradTasks {
         loaded.grad = words_of(words, chunk.out_channels.size(), grad_steps(box), of_out());
         loaded.input =
             words_of(words + loaded.grad.size(), chunk.in_channels.size(), input_steps(box), !of_out());
-        loaded.input.plane = loaded.input.size();
+        loaded.input.column = one_plane_ ? shape_.dilation.w * loaded.input.step : loaded.input.size();
         load_grad(box, chunk.out_channels, loaded.grad);
-        for (int64_t kw = 0; kw < shape_.kernel.w; ++kw)
-            load_input(box, chunk.in_channels, kw, loaded.input);
+        for (int64_t kw = 0; kw < planes(); ++kw) load_input(box, chunk.in_channels, kw, loaded.input);
         return loaded;
     }
 
     void multiply(const Box& box, const Operands& words, bool add, float* sums, Prefetch& prefetch) const {
-        std::vector<int64_t> grad_runs(box.images.size()), input_runs(grad_runs.size());
+        std::vector<int64_t> grad_runs(runs_of(box)), input_runs(grad_runs.size());
         for (size_t run = 0; run < grad_runs.size(); ++run)
             grad_runs[run] = static_cast<int64_t>(run) * grad_run(box) * words.grad.step;
         const Words& rows = of_out() ? words.grad : words.input;
@@ -142,7 +150,7 @@ class DirectLoop : WeightGradTasks {
         tile.runs = (of_out() ? grad_runs : input_runs).data();
         tile.b_runs = (of_out() ? input_runs : grad_runs).data();
         tile.in_slots = of_out();
-        tile.run_count = box.images.size();
+        tile.run_count = runs_of(box);
         tile.steps = steps_of_run(box);
         tile.sums_stride = of_out() ? in_chunk_ : out_chunk_;
         tile.add = add;
@@ -150,9 +158,12 @@ class DirectLoop : WeightGradTasks {
         const RowOrder order = rows_of(box);
         for (int64_t kh = 0; kh < shape_.kernel.h; ++kh) {
             const int64_t first_row = order.place(kh * shape_.dilation.h);
-            for (int64_t run = 0; run < tile.run_count; ++run)
-                input_runs[run] =
-                    (run * order.count() + first_row) * steps(box.columns.size()) * words.input.step;
+            for (int64_t run = 0; run < tile.run_count; ++run) {
+                const int64_t row = run * rows_of_run(box);  // of the output
+                const int64_t image = row / box.rows.size();
+                input_runs[run] = (image * order.count() + first_row + row % box.rows.size()) *
+                                  steps(input_columns(box)) * words.input.step;
+            }
             for (int64_t kw = 0; kw < shape_.kernel.w; ++kw) {
                 const int64_t tap = kh * shape_.kernel.w + kw;
                 multiply_tap(tile, words, kw, sums + tap * in_chunk_ * out_chunk_);
@@ -165,14 +176,14 @@ class DirectLoop : WeightGradTasks {
         const Words& rows = of_out() ? words.grad : words.input;
         const Words& lanes = of_out() ? words.input : words.grad;
         for (int64_t n = 0; n < lanes.channels; n += lanes.width) {
-            tile.b = lanes.data + kw * lanes.plane + n / lanes.width * lanes.block;
+            tile.b = lanes.data + kw * lanes.column + n / lanes.width * lanes.block;
             tile.vectors = cpu::vectors_of(kernels_, lanes.channels - n);
             for (int64_t m = 0; m < rows.channels; m += rows.width) {
                 const int64_t width = std::min(rows.width, rows.channels - m);
                 const int64_t groups = ceil_div(width, kernels_.tile_rows);
                 for (int64_t group = 0; group < groups; ++group) {
                     const Range channels = part(width, groups, group, kernels_.row_grain);
-                    tile.a = rows.data + kw * rows.plane + m / rows.width * rows.block +
+                    tile.a = rows.data + kw * rows.column + m / rows.width * rows.block +
                              channels.begin * rows.channel;
                     tile.sums = sums + (m + channels.begin) * tile.sums_stride + n;
                     tile.rows = static_cast<int>(channels.size());
@@ -222,12 +233,12 @@ class DirectLoop : WeightGradTasks {
                    {box.images, box.rows.begin, {box.rows.size()}}, pixels, load);
     }
 
-    // What one column of the kernel sees.
+    // What one column of the kernel sees, or all of them.
     void load_input(const Box& box, Range channels, int64_t kw, const Words& to) const {
         PixelRow pixels{};
         pixels.column = box.columns.begin * shape_.stride.w - shape_.padding.w + kw * shape_.dilation.w;
         pixels.column_step = shape_.stride.w;
-        pixels.columns = box.columns.size();
+        pixels.columns = input_columns(box);
         pixels.first_channel = channels.begin;
         pixels.channels = channels.size();
         const ImageRows rows{box.images, box.rows.begin * shape_.stride.h - shape_.padding.h, rows_of(box)};
@@ -235,13 +246,17 @@ class DirectLoop : WeightGradTasks {
         visit_rows(args_.input, args_.dtype, shape_.in, shape_.in_channels, rows, pixels,
                    [&](const PixelRow& row) {
                        // Full slots, without a gap: where runs begin depends on the kernel's row.
-                       load_row(row, to, to.data + kw * to.plane, step, Slots::kSize);
+                       load_row(row, to, to.data + kw * to.column, step, Slots::kSize);
                        step += steps(row.columns);
                    });
     }
 
     const RowsOf rows_;
     const int64_t row_width_;  // channels of a block of rows
+    // Whether the input is loaded once, and what a column of the kernel sees begins some pixels further on;
+    // else once for each of them, so that a run goes on from row to row. Short runs take longer.
+    static constexpr int64_t kLeastColumns = 16;
+    const bool one_plane_;
     const InputGradByBox* const input_grad_;
 };
 

@@ -28,7 +28,7 @@ class WeightGradTasks {
         : args_(args),
           shape_(shape),
           pool_(pool),
-          kernels_(*convolution_kernels(args.dtype)),
+          kernels_(fitting(*convolution_kernels(args.dtype), shape.out_channels)),
           taps_(shape.kernel.h * shape.kernel.w),
           products_(products) {
         cut();

@@ -189,6 +189,11 @@ const ConvKernels* convolution_kernels(Dtype dtype) {
     return kernels().convolution[dtype];
 }
 
+const ConvKernels& fitting(const ConvKernels& kernels, int64_t channels) {
+    const ConvKernels* narrower = kernels.narrower;
+    return narrower && channels <= narrower->block ? fitting(*narrower, channels) : kernels;
+}
+
 int lanes_of(const ConvKernels& kernels) {
     return kernels.block / kernels.vectors;
 }

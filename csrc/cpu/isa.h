@@ -21,6 +21,9 @@ const Kernels& kernels();
 // The convolutions in use, or null: there are none for this dtype, or PyTorch's are faster.
 const ConvKernels* convolution_kernels(Dtype dtype);
 
+// Those of the narrowest block that so many output channels fit into, or of the widest one.
+const ConvKernels& fitting(const ConvKernels& kernels, int64_t channels);
+
 // Lanes of a vector.
 int lanes_of(const ConvKernels& kernels);
 
