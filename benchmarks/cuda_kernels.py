@@ -25,18 +25,33 @@ ROOT = Path(__file__).parent.parent
 THREADS = 256  # csrc/cuda/launch.h: kThreads
 
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": kB of shared memory of a
-# multiprocessor. The rest is the same from 8.0 on, but for 8.6 and 8.9, which are not built for.
-SHARED = {"sm_80": 164, "sm_90": 228, "sm_90a": 228, "sm_100": 228}
-REGISTERS, MOST_THREADS, MOST_BLOCKS = 65536, 2048, 32
+# multiprocessor, and its threads. Blocks of so many threads reach no other limit.
+MULTIPROCESSORS = {
+    "80": (164, 2048),
+    "86": (100, 1536),
+    "87": (164, 1536),
+    "89": (100, 1536),
+    "90": (228, 2048),
+    "100": (228, 2048),
+    "103": (228, 2048),
+    "120": (100, 1536),
+    "121": (100, 1536),
+}
+REGISTERS = 65536
 RESERVED_SHARED = 1024  # bytes of each block
 
 
-def blocks_a_multiprocessor(architecture: str, registers: int, shared: int) -> int:
-    """Those of THREADS threads that fit at a time."""
+def blocks_a_multiprocessor(architecture: str, registers: int, shared: int) -> tuple[int, float] | None:
+    """Those of THREADS threads that fit at a time, and their share of all threads; None: not known here."""
+    limits = MULTIPROCESSORS.get(architecture.removeprefix("sm_").rstrip("af"))
+    if limits is None:
+        return None
+    kilobytes, threads = limits
     registers_a_warp = -(-registers * 32 // 256) * 256  # handed out by the 256
     by_registers = REGISTERS // (registers_a_warp * THREADS // 32)
-    by_shared = SHARED[architecture] * 1024 // (shared + RESERVED_SHARED)
-    return min(by_registers, by_shared, MOST_THREADS // THREADS, MOST_BLOCKS)
+    by_shared = kilobytes * 1024 // (shared + RESERVED_SHARED)
+    blocks = min(by_registers, by_shared, threads // THREADS)
+    return blocks, blocks * THREADS / threads
 
 
 def resources(listing: str) -> dict[tuple[str, str], dict]:
@@ -86,14 +101,15 @@ def report(extension: Path) -> list[dict]:
     rows = []
     names = demangled([function for function, _ in usage])
     for ((function, architecture), used), name in zip(usage.items(), names, strict=True):
-        blocks = blocks_a_multiprocessor(architecture, used["registers"], used["shared_bytes"])
+        fits = blocks_a_multiprocessor(architecture, used["registers"], used["shared_bytes"])
+        blocks, occupancy = fits or (None, None)
         rows.append(
             {
                 "kernel": name,
                 "architecture": architecture,
                 **used,
                 "blocks_a_multiprocessor": blocks,
-                "occupancy": blocks * THREADS / MOST_THREADS,
+                "occupancy": occupancy,
                 "accesses": {
                     f"{kind}.{width}": count
                     for (kind, width), count in sorted(counts.get((function, architecture), {}).items())
@@ -120,7 +136,10 @@ def print_table(rows: list[dict]) -> None:
     for row, line in zip(rows, cells, strict=True):
         counts = "  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True))
         memory = f"{row['registers']:5}{row['stack_bytes']:7}{row['shared_bytes']:8}"
-        resident = f"{row['blocks_a_multiprocessor']:8}{row['occupancy']:11.0%}"
+        known = row["occupancy"] is not None
+        resident = (
+            f"{row['blocks_a_multiprocessor']:8}{row['occupancy']:11.0%}" if known else f"{'unknown':>19}"
+        )
         print(f"{row['kernel']:{width}}  {row['architecture']:7}{memory}{resident}  {counts}".rstrip())
 
 

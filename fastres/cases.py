@@ -12,7 +12,7 @@ from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastres import kernels
-from fastres.kernels import CUDA, accumulation_dtype, is_channels_last
+from fastres.kernels import accumulation_dtype, is_channels_last
 
 _CUDA_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 _CPU_DTYPES = _CUDA_DTYPES | {torch.float64}
@@ -55,8 +55,9 @@ def why_no_kernel(input: Tensor, *others: Tensor | None) -> str | None:
     if is_special(input, *others):
         return "a tensor subclass, a transform of torch.func, forward-mode AD or torch.jit.trace is at work"
     device = input.device.type
-    if not (device == "cpu" or (device == "cuda" and CUDA)):
-        return f"there are no kernels for {device} in this build"
+    if not (device == "cpu" or (device == "cuda" and kernels.runs_on_card(input.device.index))):
+        card = " of this compute capability" if device == "cuda" and kernels.CUDA else ""
+        return f"there are no kernels for {device}{card} in this build"
     if input.dtype not in (_CPU_DTYPES if device == "cpu" else _CUDA_DTYPES):
         return f"there is no kernel for {str(input.dtype).removeprefix('torch.')} on {device}"
     if input.layout != torch.strided or not 2 <= input.dim() <= 5 or input.numel() == 0:

@@ -15,11 +15,12 @@ class CudaGraphs:
 
     def __init__(self, device: str) -> None:
         self._device = device
+        self._stream: torch.cuda.Stream | None = None  # of all runs: each has a memory pool of its own
 
     def run_aside(self, run: Callable[[], Results]) -> Results:
         """On a stream of its own, as what is to be captured must have run there."""
         with torch.cuda.device(self._device):
-            stream = torch.cuda.Stream()
+            stream = self._stream = self._stream or torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 results = run()

@@ -78,7 +78,7 @@ def _sections() -> Iterator[int]:
         _line("CPU kernels", f"{isa}, of {', '.join(extension.cpu_isas())} that this CPU runs")
         devices.append("cpu")
     _line("CUDA kernels", _cuda_kernels(build))
-    _line("CUDA device", _cuda_device())
+    _line("CUDA device", _cuda_device(build))
     yield _registered(len(extension.kernels()))
     if torch.cuda.is_available() and build["cuda"]:
         devices.append("cuda")
@@ -125,11 +125,13 @@ def why_no_extension(error: Exception, package: Path = _PACKAGE) -> tuple[str, s
 def _cuda_kernels(build: dict[str, str]) -> str:
     if not build["cuda"]:
         return "none, built for the CPU alone"
-    return f"built by CUDA {build['cuda']} for architectures {build['cuda_archs'].replace(';', ', ')}"
+    return f"built by CUDA {build['cuda']} for architectures {', '.join(build['cuda_archs'].split())}"
 
 
-def _cuda_device() -> str:
+def _cuda_device(build: dict[str, str]) -> str:
     import torch
+
+    from fastres.kernels import runs_on_card
 
     if torch.version.cuda is None:
         return "none, this torch is for the CPU alone"
@@ -138,7 +140,8 @@ def _cuda_device() -> str:
     names = []
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
-        names.append(f"{torch.cuda.get_device_name(index)} (architecture {major}{minor})")
+        lacks = "" if not build["cuda"] or runs_on_card(index) else ", which this build has no kernels for"
+        names.append(f"{torch.cuda.get_device_name(index)} (architecture {major}{minor}{lacks})")
     return ", ".join(names)
 
 

@@ -4,6 +4,8 @@ The kernels themselves are compiled (csrc/bindings). They are strict about what 
 decides which cases go to them.
 """
 
+import functools
+
 import torch
 from torch import Tensor, library
 
@@ -14,10 +16,32 @@ from fastres import _C, composed, recompute  # _C registers the ops
 few_values = 2**16
 
 CUDA = bool(_C.build_info()["cuda"])
+_CUDA_ARCHS = _C.build_info()["cuda_archs"].split()  # native code for each, and PTX for the last
 fragment = library.Library("fastres", "FRAGMENT")
 _bn_act_forward = torch.ops.fastres.bn_act_forward.default
 _bn_act_backward = torch.ops.fastres.bn_act_backward.default
 _add_relu_backward = torch.ops.fastres.add_relu_backward.default
+
+
+def compiled_for(capability: tuple[int, int], archs: list[str]) -> bool:
+    """Whether a card of this compute capability runs what was compiled for these architectures."""
+    for arch in archs:
+        needed = divmod(int(arch.rstrip("af")), 10)
+        if arch[-1].isdigit():
+            runs = needed[0] == capability[0] and needed <= capability
+            runs = runs or (arch == archs[-1] and needed <= capability)
+        else:  # with features of that card alone
+            runs = needed == capability
+        if runs:
+            return True
+    return False
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def runs_on_card(index: int) -> bool:
+    """Whether the build has kernels for the CUDA device of this index."""
+    return CUDA and compiled_for(torch.cuda.get_device_capability(index), _CUDA_ARCHS)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -153,6 +153,21 @@ def hold_blocks(blocks: int) -> None:
     library().fastres_emu_hold_blocks(blocks)
 
 
+@contextlib.contextmanager
+def another_device(number: int, ptx_version: int):
+    """A device for which the kernels were compiled as PTX of so many tenths; 0: not at all."""
+    library().fastres_emu_set_device(number, ptx_version)
+    try:
+        yield
+    finally:
+        library().fastres_emu_set_device(0, 90)
+
+
+def leave_error(why: str) -> None:
+    """Let what ran before have failed."""
+    library().fastres_emu_leave_error(why.encode())
+
+
 def cooperative_launches() -> int:
     """How many there have been."""
     return library().fastres_emu_cooperative_launches()
@@ -164,9 +179,23 @@ def _call(name: str, *args) -> None:
         raise RuntimeError(error.decode())
 
 
-def _poisoned_like(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of NaN with the strides, and the misalignment, of `tensor`."""
-    size, offset = tensor.numel(), tensor.storage_offset()
+_shifted: str | None = None
+
+
+@contextlib.contextmanager
+def shifted(output: str):
+    """Let the output of that name lie one element further on in memory than others of its call."""
+    global _shifted
+    _shifted = output
+    try:
+        yield
+    finally:
+        _shifted = None
+
+
+def _poisoned_like(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """An output: a tensor of NaN with the strides, and the misalignment, of `tensor`."""
+    size, offset = tensor.numel(), tensor.storage_offset() + (name == _shifted)
     return torch.full((size + offset,), torch.nan, dtype=tensor.dtype).as_strided(
         tensor.shape, tensor.stride(), offset
     )
@@ -195,7 +224,7 @@ def batch_norm(
     input, weight, bias, running_mean, running_var, *, residual=None, relu, training, momentum=0.1, eps=1e-5
 ):
     """Return output, save_mean, save_rstd; update the running statistics in training."""
-    output = _poisoned_like(input)
+    output = _poisoned_like(input, "output")
     mean, rstd = (torch.full((input.shape[1],), torch.nan) for _ in range(2))
     shape = _activation(input)
     workspace = _workspace(shape)
@@ -210,7 +239,7 @@ def batch_norm(
 
 def batch_norm_again(input, weight, bias, save_mean, save_rstd, *, residual=None, relu):
     """Return the output that a forward pass had which saved these statistics."""
-    output = _poisoned_like(input)
+    output = _poisoned_like(input, "output")
     shape = _activation(input)
     workspace = _workspace(shape)
     args = BnForward(
@@ -225,8 +254,8 @@ def batch_norm_backward(
     grad, input, output, weight, bias, save_mean, save_rstd, *, grad_residual=False, relu, training
 ):
     """Return grad_input, grad_residual (or None), grad_weight, grad_bias."""
-    grad_input = _poisoned_like(input)
-    masked = _poisoned_like(input) if grad_residual else None
+    grad_input = _poisoned_like(input, "grad_input")
+    masked = _poisoned_like(input, "grad_residual") if grad_residual else None
     grad_weight, grad_bias = (torch.full((input.shape[1],), torch.nan) for _ in range(2))
     shape = _activation(input)
     workspace = _workspace(shape)
@@ -250,8 +279,8 @@ def bn_max_pool(pool, input, weight, bias, running_mean, running_var, *, trainin
     Args: pool: a fastres.max_pool.MaxPool. input: channels last.
     """
     out = pool.output_size(input.shape[2:])
-    output = torch.full((*input.shape[:2], *out), torch.nan, dtype=input.dtype)
-    output = output.contiguous(memory_format=torch.channels_last)
+    output = torch.empty((*input.shape[:2], *out), dtype=input.dtype, memory_format=torch.channels_last)
+    output = _poisoned_like(output, "output")
     index = torch.full((output.numel(),), 255, dtype=torch.uint8)
     mean, rstd = (torch.full((input.shape[1],), torch.nan) for _ in range(2))
     shape = _activation(input)
@@ -269,7 +298,7 @@ def bn_max_pool(pool, input, weight, bias, running_mean, running_var, *, trainin
 
 def bn_max_pool_backward(pool, grad, input, index, weight, bias, save_mean, save_rstd, *, training):
     """Return grad_input, grad_weight, grad_bias."""
-    grad_input = _poisoned_like(input)
+    grad_input = _poisoned_like(input, "grad_input")
     grad_weight, grad_bias = (torch.full((input.shape[1],), torch.nan) for _ in range(2))
     shape = _activation(input)
     shape.channels_last = True
@@ -286,7 +315,7 @@ def bn_max_pool_backward(pool, grad, input, index, weight, bias, save_mean, save
 
 def add_relu(input, other):
     """Return relu(input + other)."""
-    output = _poisoned_like(input)
+    output = _poisoned_like(input, "output")
     args = AddRelu(input.numel(), DTYPES[input.dtype], _pointer(input), _pointer(other), _pointer(output))
     _call("add_relu", byref(args))
     return output
@@ -294,7 +323,7 @@ def add_relu(input, other):
 
 def add_relu_backward(grad, output):
     """Return grad * [output > 0]."""
-    grad_input = _poisoned_like(grad)
+    grad_input = _poisoned_like(grad, "grad_input")
     args = AddReluBackward(
         grad.numel(), DTYPES[grad.dtype], _pointer(grad), _pointer(output), _pointer(grad_input)
     )

@@ -62,7 +62,7 @@ T* allocate(size_t count) {
 }
 void wait_for_device() {
 #if defined(__CUDACC__)
-    check_launch(cudaDeviceSynchronize(), "product", 1);
+    check_launch(cudaDeviceSynchronize(), {"product", nullptr}, 1);
 #endif
 }
 
@@ -86,7 +86,7 @@ bool agrees(const char* what) {
     std::vector<int> x(kRows * kDepth), y(kColumns * kDepth);
     for (size_t i = 0; i < x.size(); ++i) a[i] = stored<T>(x[i] = random_integer());
     for (size_t i = 0; i < y.size(); ++i) b[i] = stored<T>(y[i] = random_integer());
-    launch("product", product<T, turned>, 1, nullptr, a, b, sums);
+    launch(Kernel{"product", product<T, turned>}, 1, nullptr, a, b, sums);
     wait_for_device();
     for (int row = 0; row < kRows; ++row) {
         for (int column = 0; column < kColumns; ++column) {

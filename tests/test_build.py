@@ -30,6 +30,8 @@ def configure(folder: Path, *options: str, nvcc: str | None = None) -> subproces
     [
         ("FASTRES_CUDA=maybe", "FASTRES_CUDA is 'maybe'; it takes auto, on or off."),
         ("FASTRES_CUDA_ARCHS=", "FASTRES_CUDA_ARCHS is empty; it takes architectures"),
+        ("FASTRES_CUDA_ARCHS=75;90a", "FASTRES_CUDA_ARCHS: '75' is none of the architectures from 80 on"),
+        ("FASTRES_CUDA_ARCHS=90;all", "FASTRES_CUDA_ARCHS: 'all' is none of the architectures"),
         ("FASTRES_EMULATE=all", "FASTRES_EMULATE is 'all'; it takes off, amx or avx512."),
     ],
 )

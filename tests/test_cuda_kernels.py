@@ -70,10 +70,17 @@ def test_counts_accesses_by_width():
         ("sm_90a", 129, 0, 1),
         ("sm_90a", 64, 100 << 10, 2),
         ("sm_80", 64, 100 << 10, 1),
+        ("sm_89", 32, 0, 6),
+        ("sm_120", 64, 60 << 10, 1),
     ],
 )
 def test_blocks_a_multiprocessor(architecture, registers, shared, blocks):
-    assert cuda_kernels.blocks_a_multiprocessor(architecture, registers, shared) == blocks
+    found, occupancy = cuda_kernels.blocks_a_multiprocessor(architecture, registers, shared)
+    assert found == blocks and 0 < occupancy <= 1
+
+
+def test_an_architecture_that_is_not_known():
+    assert cuda_kernels.blocks_a_multiprocessor("sm_777", 32, 0) is None
 
 
 @pytest.mark.skipif(

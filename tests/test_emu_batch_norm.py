@@ -370,6 +370,37 @@ def test_float64_is_refused():
         )
 
 
+TENSORS = ["input", "residual", "grad", "output", "grad_input", "grad_residual"]
+
+
+@pytest.mark.usefixtures("each_way")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("tensor", TENSORS)
+def test_a_single_tensor_that_is_not_aligned(tensor, layout):
+    def results(shift: bool):
+        case = Case((2, 16, 8, 8), torch.bfloat16, layout, residual=True)
+        if shift and hasattr(case, tensor):
+            setattr(case, tensor, shifted_storage(getattr(case, tensor)))
+        with emu.shifted(tensor if shift else ""):
+            forward, grads = case.ours()
+        return *forward.values(), *grads
+
+    for ours, aligned in zip(results(True), results(False), strict=True):
+        torch.testing.assert_close(ours, aligned)
+
+
+@pytest.mark.parametrize("tensor", ["input", "other", "output", "grad", "grad_input"])
+def test_a_single_tensor_of_add_relu_that_is_not_aligned(tensor):
+    tensors = {name: torch.randn(4096) for name in ("input", "other", "grad")}
+    if tensor in tensors:
+        tensors[tensor] = shifted_storage(tensors[tensor])
+    with emu.shifted(tensor):
+        output = emu.add_relu(tensors["input"], tensors["other"])
+        grad_input = emu.add_relu_backward(tensors["grad"], output)
+    assert torch.equal(output, torch.relu(tensors["input"] + tensors["other"]))
+    assert torch.equal(grad_input, tensors["grad"] * (output > 0))
+
+
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
 @pytest.mark.parametrize("size", [1, 7, 8, 255, 4097, 50001])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

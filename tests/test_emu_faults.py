@@ -126,6 +126,8 @@ NOT_ALL_ARRIVE = replaced(
 )
 NOT_ALL_BLOCKS_ARRIVE = replaced(FORWARD, GRID_BARRIER, f"if (blockIdx.x > 0) {GRID_BARRIER}")
 PLAIN_LAUNCH = replaced("launch.h", "cooperative.val.cooperative = 1", "cooperative.val.cooperative = 0")
+ANOTHER_STREAM = replaced("launch.h", "config.stream = stream;", "")
+HALF_A_WARP = replaced("partial_sums.cuh", "__shfl_xor_sync(0xffffffffu", "__shfl_xor_sync(0xffffu")
 OUT_OF_ORDER = replaced(STATISTICS, "begin_in_stream_order();", "")
 TOO_FEW_BYTES = replaced("on_chip.cu", "kThreads * kVectorBytes;", "kThreads * kVectorBytes / 2;")
 
@@ -190,6 +192,20 @@ CASES = [
         "",
         OUT_OF_ORDER,
         (r"batch_norm_moments .* block 0, thread \d+: did not wait for the launches ahead of it",),
+    ),
+    Case(
+        "a_launch_on_another_stream",
+        TWO_LAUNCHES,
+        "",
+        ANOTHER_STREAM,
+        (r"batch_norm_moments failed to launch .*: not on the caller's stream",),
+    ),
+    Case(
+        "an_exchange_that_leaves_threads_out",
+        TWO_LAUNCHES,
+        "",
+        HALF_A_WARP,
+        (r"batch_norm_moments .* block 0, thread \d+: a warp's exchange leaves threads out",),
     ),
     Case(
         "a_vector_that_is_not_aligned",

@@ -152,7 +152,8 @@ def test_other_models(tree):
     log = next((tree / "out").glob("some-gpu-*-models.log")).read_text()
     assert "--model resnet50 --batch 32 --cuda-graph --against eager,compile-reduce-overhead" in log
     assert "--model resnet152 --batch 128 --against eager,compile" in log
-    assert "--mode infer --batch 1 --against eager,compile-max-autotune" in log
+    assert "--mode infer --batch 1 --cuda-graph --against eager,compile-max-autotune" in log
+    assert "--mode infer --batch 256 --against eager,compile-max-autotune" in log
     assert "doctor" not in log and "bandwidth" not in log
 
 

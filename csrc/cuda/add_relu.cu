@@ -75,11 +75,10 @@ __global__ void __launch_bounds__(kThreads) add_relu_backward_kernel(AddReluBack
 // launchers
 
 template <class Arguments>
-void run(const char* name, void (*kernel)(Arguments), int width, const Arguments& args, Stream stream) {
+void run(const Kernel<Arguments>& kernel, int width, const Arguments& args, Stream stream) {
     const int64_t block = int64_t{kThreads} * width;
     const int64_t blocks = (args.numel + block - 1) / block;
-    launch(name, kernel, std::min(blocks, resident_blocks(reinterpret_cast<const void*>(kernel))), stream,
-           args);
+    launch(kernel, std::min(blocks, resident_blocks(kernel)), stream, args);
 }
 
 }  // namespace
@@ -88,7 +87,8 @@ void add_relu(const AddRelu& args, Stream stream) {
     with_access(args.dtype, vector_aligned({args.input, args.other, args.output}), [&](auto access) {
         using A = decltype(access);
         if (args.numel > 0)
-            run(kernel::kAddRelu, add_relu_kernel<typename A::Element, A::width>, A::width, args, stream);
+            run(Kernel{kernel::kAddRelu, add_relu_kernel<typename A::Element, A::width>}, A::width, args,
+                stream);
     });
 }
 
@@ -96,8 +96,8 @@ void add_relu_backward(const AddReluBackward& args, Stream stream) {
     with_access(args.dtype, vector_aligned({args.grad, args.output, args.grad_input}), [&](auto access) {
         using A = decltype(access);
         if (args.numel > 0)
-            run(kernel::kAddReluBackward, add_relu_backward_kernel<typename A::Element, A::width>, A::width,
-                args, stream);
+            run(Kernel{kernel::kAddReluBackward, add_relu_backward_kernel<typename A::Element, A::width>},
+                A::width, args, stream);
     });
 }
 

@@ -158,28 +158,27 @@ void run(const BnBackward& args, const Source& grad, const Source& after, bool m
     float* behind = reinterpret_cast<float*>(static_cast<char*>(workspace) + partial_bytes(shape));
     const Coefficients coefficients{behind, behind + shape.channels};
 
-    auto first = reduce<T, width, channels_last, false, Source>;
+    Kernel first{kernel::kReduce, reduce<T, width, channels_last, false, Source>};
     int unroll = Source::unroll;
     if constexpr (Source::behind_residual) {
         if (args.relu && args.output) {
-            first = reduce<T, width, channels_last, true, Source>;
+            first.function = reduce<T, width, channels_last, true, Source>;
             unroll -= 1;
         }
     }
     static_assert(Source::unroll - Source::behind_residual >= kLeastUnroll);
-    const int64_t first_resident = resident_blocks(reinterpret_cast<const void*>(first));
+    const int64_t first_resident = resident_blocks(first);
     const Sweep sweep = sweep_for(shape, width, unroll, first_resident);
-    launch(kernel::kReduce, first, std::min(sweep.units(), first_resident), stream, sweep, args, grad,
-           partials);
-    launch(kernel::kParameterGrad, parameter_grad, final_blocks(shape.channels), stream, args, partials,
-           sweep.slices, coefficients);
+    launch(first, std::min(sweep.units(), first_resident), stream, sweep, args, grad, partials);
+    launch(Kernel{kernel::kParameterGrad, parameter_grad}, final_blocks(shape.channels), stream, args,
+           partials, sweep.slices, coefficients);
     if (!args.training) return;  // grad_input was written by reduce
 
-    const auto second = input_grad<T, width, channels_last, Source>;
-    const int64_t second_resident = resident_blocks(reinterpret_cast<const void*>(second));
+    const Kernel second{kernel::kInputGrad, input_grad<T, width, channels_last, Source>};
+    const int64_t second_resident = resident_blocks(second);
     const Sweep back = sweep_for(shape, width, Source::unroll, second_resident);
-    launch(kernel::kInputGrad, second, std::min(back.units(), second_resident), stream, back, args, after,
-           masked_already, coefficients);
+    launch(second, std::min(back.units(), second_resident), stream, back, args, after, masked_already,
+           coefficients);
 }
 
 // Of gradients as they are in memory. Each layout is compiled in a file of its own: nvcc takes its time.

@@ -49,11 +49,11 @@ template <class Access, bool channels_last>
 void run(const BnForward& args, Stream stream) {
     using T = typename Access::Element;
     constexpr int width = Access::width;
-    const auto kernel =
-        args.residual ? apply<T, width, channels_last, true> : apply<T, width, channels_last, false>;
-    const int64_t resident = resident_blocks(reinterpret_cast<const void*>(kernel));
+    const Kernel kernel{kernel::kApply, args.residual ? apply<T, width, channels_last, true>
+                                                      : apply<T, width, channels_last, false>};
+    const int64_t resident = resident_blocks(kernel);
     const Sweep sweep = sweep_for(args.shape, width, kUnroll, resident);
-    launch(kernel::kApply, kernel, std::min(sweep.units(), resident), stream, sweep, args);
+    launch(kernel, std::min(sweep.units(), resident), stream, sweep, args);
 }
 
 }  // namespace

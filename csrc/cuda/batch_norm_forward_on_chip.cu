@@ -95,10 +95,10 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
 template <class T, bool channels_last>
 bool run(const BnForward& args, void* workspace, Stream stream) {
     constexpr int width = kVectorWidth<T>;
-    const auto kernel = forward_on_chip<T, width, channels_last>;
-    const auto shape = on_chip(args.shape, width, kUnroll, 1, reinterpret_cast<const void*>(kernel));
-    return shape && launch_together(kernel::kForwardOnChip, kernel, shape->blocks, shape->dynamic_bytes,
-                                    stream, shape->sweep, args, static_cast<double*>(workspace));
+    const Kernel kernel{kernel::kForwardOnChip, forward_on_chip<T, width, channels_last>};
+    const auto shape = on_chip(args.shape, width, kUnroll, 1, kernel);
+    return shape && launch_together(kernel, shape->blocks, shape->dynamic_bytes, stream, shape->sweep, args,
+                                    static_cast<double*>(workspace));
 }
 
 }  // namespace

@@ -49,12 +49,12 @@ template <class Access, bool channels_last>
 void run(const BnForward& args, double* partials, Stream stream) {
     using T = typename Access::Element;
     constexpr int width = Access::width;
-    const auto kernel = moments<T, width, channels_last>;
-    const int64_t resident = resident_blocks(reinterpret_cast<const void*>(kernel));
+    const Kernel kernel{kernel::kMoments, moments<T, width, channels_last>};
+    const int64_t resident = resident_blocks(kernel);
     const Sweep sweep = sweep_for(args.shape, width, kUnroll, resident);
-    launch(kernel::kMoments, kernel, std::min(sweep.units(), resident), stream, sweep, args, partials);
-    launch(kernel::kStatistics, statistics, final_blocks(args.shape.channels), stream, args, partials,
-           sweep.slices);
+    launch(kernel, std::min(sweep.units(), resident), stream, sweep, args, partials);
+    launch(Kernel{kernel::kStatistics, statistics}, final_blocks(args.shape.channels), stream, args,
+           partials, sweep.slices);
 }
 
 }  // namespace

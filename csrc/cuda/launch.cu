@@ -11,10 +11,13 @@
 namespace fastres::cuda {
 namespace {
 
-void check(cudaError_t status, const char* what) {
+void check(cudaError_t status, const std::string& what) {
     if (status == cudaSuccess) return;
     cudaGetLastError();  // clears it
-    throw std::runtime_error("fastres: " + std::string(what) + " failed: " + cudaGetErrorString(status));
+    throw std::runtime_error("fastres: " + what + " failed: " + cudaGetErrorString(status));
+}
+void check(cudaError_t status, const char* what, const AnyKernel& kernel) {
+    if (status != cudaSuccess) check(status, std::string(what) + " of kernel " + kernel.name);
 }
 
 int current_device() {
@@ -56,18 +59,24 @@ void overlap_launches(bool overlap) {
     overlapping = overlap;
 }
 
-bool launches_overlap() {
-    static const char key = 0;
-    return overlapping && remembered(&key, [](int device) {
-                              return int64_t{attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9};
-                          }) != 0;
+bool launches_overlap(const AnyKernel& kernel) {
+    if (!overlapping) return false;
+    // A card that can may run code that was compiled for one that cannot, and does not wait.
+    return remembered(kernel.function, [&](int device) {
+               constexpr int first_major = 9;
+               cudaFuncAttributes attributes{};
+               check(cudaFuncGetAttributes(&attributes, kernel.function), "cudaFuncGetAttributes", kernel);
+               return int64_t{attribute(cudaDevAttrComputeCapabilityMajor, device) >= first_major &&
+                              attributes.ptxVersion >= 10 * first_major};
+           }) != 0;
 }
 
-int64_t resident_blocks(const void* kernel) {
-    return remembered(kernel, [&](int device) {
+int64_t resident_blocks(const AnyKernel& kernel) {
+    return remembered(kernel.function, [&](int device) {
         int per_multiprocessor = 0;
-        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kThreads, 0),
-              "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel.function, kThreads,
+                                                            0),
+              "cudaOccupancyMaxActiveBlocksPerMultiprocessor", kernel);
         return int64_t{per_multiprocessor} * attribute(cudaDevAttrMultiProcessorCount, device);
     });
 }
@@ -79,17 +88,17 @@ int64_t most_resident_blocks() {
     });
 }
 
-Room room_of(const void* kernel, int a_multiprocessor) {
-    const int64_t own_bytes = remembered(kernel, [&](int device) {
+Room room_of(const AnyKernel& kernel, int a_multiprocessor) {
+    const int64_t own_bytes = remembered(kernel.function, [&](int device) {
         cudaFuncAttributes attributes{};
-        check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+        check(cudaFuncGetAttributes(&attributes, kernel.function), "cudaFuncGetAttributes", kernel);
         const auto bytes = static_cast<int>(attributes.sharedSizeBytes);
         const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - bytes;
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
-              "cudaFuncSetAttribute");
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+        check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+              "cudaFuncSetAttribute", kernel);
+        check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributePreferredSharedMemoryCarveout,
                                    cudaSharedmemCarveoutMaxShared),
-              "cudaFuncSetAttribute");
+              "cudaFuncSetAttribute", kernel);
         return int64_t{bytes};
     });
     const int device = current_device();
@@ -103,14 +112,14 @@ Room room_of(const void* kernel, int a_multiprocessor) {
             a_block - own_bytes};
 }
 
-void check_launch(cudaError_t status, const char* name, int64_t blocks, int64_t dynamic_bytes) {
+void check_launch(cudaError_t status, const AnyKernel& kernel, int64_t blocks, int64_t dynamic_bytes) {
     const cudaError_t pending = cudaGetLastError();
     if (status == cudaSuccess) status = pending;
     if (status == cudaSuccess) return;
-    throw std::runtime_error("fastres: kernel " + std::string(name) + " failed to launch with grid " +
-                             std::to_string(blocks) + ", block " + std::to_string(kThreads) +
-                             ", dynamic shared memory " + std::to_string(dynamic_bytes) + ": " +
-                             cudaGetErrorString(status));
+    throw std::runtime_error("fastres: kernel " + std::string(kernel.name) +
+                             " failed to launch with grid " + std::to_string(blocks) + ", block " +
+                             std::to_string(kThreads) + ", dynamic shared memory " +
+                             std::to_string(dynamic_bytes) + ": " + cudaGetErrorString(status));
 }
 
 }  // namespace fastres::cuda

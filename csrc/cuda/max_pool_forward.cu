@@ -108,10 +108,11 @@ void bn_max_pool(const BnMaxPoolForward& args, void* workspace, Stream stream) {
         Activation shape = args.norm.shape;
         shape.pixels = pool.out.h * pool.out.w;
         const bool of_three = pool.kernel.h == 3 && pool.kernel.w == 3;
-        const auto kernel = of_three ? apply_max_pool<T, width, 3> : apply_max_pool<T, width, 0>;
-        const int64_t resident = resident_blocks(reinterpret_cast<const void*>(kernel));
+        const Kernel kernel{kernel::kApplyMaxPool,
+                            of_three ? apply_max_pool<T, width, 3> : apply_max_pool<T, width, 0>};
+        const int64_t resident = resident_blocks(kernel);
         const Sweep sweep = sweep_for(shape, width, 1, resident);
-        launch(kernel::kApplyMaxPool, kernel, std::min(sweep.units(), resident), stream, sweep, args);
+        launch(kernel, std::min(sweep.units(), resident), stream, sweep, args);
     });
 }
 

@@ -26,7 +26,7 @@ void use_on_chip(int blocks) {
 }
 
 std::optional<OnChip> on_chip(const Activation& shape, int width, int unroll, int tensors,
-                              const void* kernel) {
+                              const AnyKernel& kernel) {
     const int a_multiprocessor = blocks_a_multiprocessor;
     if (a_multiprocessor == 0 || shape.numel() == 0) return std::nullopt;
     const Room room = room_of(kernel, a_multiprocessor);

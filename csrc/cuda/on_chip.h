@@ -27,6 +27,6 @@ inline constexpr int kOnChipLanes = channels_last ? kOnChipTileChannels / width 
 // The launch of a `kernel` that keeps `tensors` of this shape and visits them in groups of `unroll`
 // vectors; none where they do not fit, or must not: see use_on_chip().
 std::optional<OnChip> on_chip(const Activation& shape, int width, int unroll, int tensors,
-                              const void* kernel);
+                              const AnyKernel& kernel);
 
 }  // namespace fastres::cuda

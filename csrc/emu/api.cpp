@@ -7,14 +7,17 @@
 #include "cuda/batch_norm.h"
 #include "cuda/kernel_list.h"
 #include "cuda/max_pool.h"
+#include "cuda_runtime.h"
 #include "emu/block.h"
 
 namespace {
 
 std::string message;
+const auto kStream = reinterpret_cast<cudaStream_t>(8);  // none of the system's own
 
 template <class Body>
 const char* guarded(const Body& body) {
+    fastres::emu::callers_stream = kStream;
     try {
         body();
         return nullptr;
@@ -32,22 +35,22 @@ int64_t fastres_emu_batch_norm_workspace_bytes(const fastres::Activation* shape)
     return fastres::cuda::batch_norm_workspace_bytes(*shape);
 }
 const char* fastres_emu_batch_norm(const fastres::BnForward* args, void* workspace) {
-    return guarded([&] { fastres::cuda::batch_norm(*args, workspace, nullptr); });
+    return guarded([&] { fastres::cuda::batch_norm(*args, workspace, kStream); });
 }
 const char* fastres_emu_batch_norm_backward(const fastres::BnBackward* args, void* workspace) {
-    return guarded([&] { fastres::cuda::batch_norm_backward(*args, workspace, nullptr); });
+    return guarded([&] { fastres::cuda::batch_norm_backward(*args, workspace, kStream); });
 }
 const char* fastres_emu_bn_max_pool(const fastres::BnMaxPoolForward* args, void* workspace) {
-    return guarded([&] { fastres::cuda::bn_max_pool(*args, workspace, nullptr); });
+    return guarded([&] { fastres::cuda::bn_max_pool(*args, workspace, kStream); });
 }
 const char* fastres_emu_bn_max_pool_backward(const fastres::BnMaxPoolBackward* args, void* workspace) {
-    return guarded([&] { fastres::cuda::bn_max_pool_backward(*args, workspace, nullptr); });
+    return guarded([&] { fastres::cuda::bn_max_pool_backward(*args, workspace, kStream); });
 }
 const char* fastres_emu_add_relu(const fastres::AddRelu* args) {
-    return guarded([&] { fastres::cuda::add_relu(*args, nullptr); });
+    return guarded([&] { fastres::cuda::add_relu(*args, kStream); });
 }
 const char* fastres_emu_add_relu_backward(const fastres::AddReluBackward* args) {
-    return guarded([&] { fastres::cuda::add_relu_backward(*args, nullptr); });
+    return guarded([&] { fastres::cuda::add_relu_backward(*args, kStream); });
 }
 const char* fastres_emu_use_on_chip(int blocks_a_multiprocessor) {
     return guarded([&] { fastres::cuda::use_on_chip(blocks_a_multiprocessor); });

@@ -205,7 +205,10 @@ class Grid {
     }
 
     void run() {
-        for (first_ = 0; first_ < shape_.blocks; first_ += alive_) run_alive();
+        for (unsigned turn = 0; turn < shape_.blocks; turn += alive_) {
+            first_ = descending ? shape_.blocks - alive_ - turn : turn;
+            run_alive();
+        }
     }
 
     void wait(Barrier& barrier, const char* file, int line) {
@@ -394,6 +397,10 @@ bool take_arrived(int newest, Copy& copy) {
         return true;
     }
     return false;
+}
+
+void check_whole_warp(unsigned mask) {
+    if (mask != 0xffffffffu) throw std::runtime_error("a warp's exchange leaves threads out");
 }
 
 void check_alignment(const void* address, std::size_t alignment) {

@@ -56,6 +56,9 @@ void begin_copy(const Copy& copy);
 void close_batch_of_copies();
 bool take_arrived(int newest, Copy& copy);
 
+// Throws where it does not name all threads of a warp: those that it leaves out would not be waited for.
+void check_whole_warp(unsigned mask);
+
 // Throws where `address` is no multiple of `alignment`.
 void check_alignment(const void* address, std::size_t alignment);
 

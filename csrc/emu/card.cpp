@@ -1,4 +1,4 @@
-// The host's side of CUDA for a card of two multiprocessors, each with the shared memory of an H100's.
+// The host's side of CUDA for cards of two multiprocessors, each with the shared memory of an H100's.
 #include <algorithm>
 #include <exception>
 #include <map>
@@ -16,11 +16,19 @@ constexpr std::size_t kStaticBytes = 16 << 10;  // what each kernel is taken to 
 std::string message = "no error";
 std::map<const void*, int> most_dynamic_bytes;
 int cooperative_launches = 0, overlapping_launches = 0;
+int current_device = 0;
+int ptx_version = 90;  // of all kernels
+cudaError_t pending = cudaSuccess;
 int held_blocks = fastres::emu::kMultiprocessors * fastres::emu::kBlocksPerMultiprocessor;
 
 cudaError_t failed(cudaError_t status, const std::string& why) {
     message = why;
     return status;
+}
+
+cudaError_t found_kernel() {
+    return ptx_version > 0 ? cudaSuccess
+                           : failed(cudaErrorNoKernelImageForDevice, "no kernel image for this device");
 }
 
 }  // namespace
@@ -38,6 +46,9 @@ cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config,
             shape.may_overlap = attribute.val.programmaticStreamSerializationAllowed != 0;
     }
     overlapping_launches += shape.may_overlap;
+    if (config.stream != callers_stream)
+        return failed(cudaErrorStreamMismatch, "not on the caller's stream");
+    if (shape.blocks == 0) return failed(cudaErrorInvalidConfiguration, "a grid of no blocks");
     const auto asked = most_dynamic_bytes.find(kernel);
     const int most = asked == most_dynamic_bytes.end() ? kUnaskedDynamicBytes : asked->second;
     if (shape.dynamic_bytes > static_cast<std::size_t>(most))
@@ -91,9 +102,25 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
     return cudaSuccess;
 }
 
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
-    attributes->sharedSizeBytes = kStaticBytes;
+cudaError_t cudaGetLastError() {
+    const cudaError_t status = pending;
+    pending = cudaSuccess;
+    return status;
+}
+
+cudaError_t cudaGetDevice(int* device) {
+    *device = current_device;
     return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, std::size_t) {
+    *blocks = fastres::emu::kBlocksPerMultiprocessor;
+    return found_kernel();
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+    *attributes = {kStaticBytes, ptx_version};
+    return found_kernel();
 }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute which, int value) {
@@ -108,6 +135,16 @@ int fastres_emu_cooperative_launches() {
 }
 int fastres_emu_overlapping_launches() {
     return overlapping_launches;
+}
+// From now on the current device is another one, for which the kernels were compiled as PTX of that
+// version, of 80 for compute capability 8.0; 0: not at all.
+void fastres_emu_set_device(int device, int version) {
+    current_device = device;
+    ptx_version = version;
+}
+// As where what ran before has failed.
+void fastres_emu_leave_error(const char* why) {
+    pending = failed(cudaErrorLaunchFailure, why);
 }
 // As where others use a part of the card.
 void fastres_emu_hold_blocks(int blocks) {

@@ -48,13 +48,15 @@ using uint4 = AlignedWords<4>;
 inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     fastres::emu::sync_threads(file, line);
 }
-inline void __syncwarp(unsigned = 0xffffffffu, const char* file = __builtin_FILE(),
+inline void __syncwarp(unsigned mask = 0xffffffffu, const char* file = __builtin_FILE(),
                        int line = __builtin_LINE()) {
+    fastres::emu::check_whole_warp(mask);
     fastres::emu::sync_warp(file, line);
 }
 template <class T>
-T __shfl_xor_sync(unsigned, T value, int distance, const char* file = __builtin_FILE(),
+T __shfl_xor_sync(unsigned mask, T value, int distance, const char* file = __builtin_FILE(),
                   int line = __builtin_LINE()) {
+    fastres::emu::check_whole_warp(mask);
     const int lane = static_cast<int>(threadIdx.x % 32);
     fastres::emu::exchange(&value, sizeof value, lane ^ distance, file, line);
     return value;
@@ -73,6 +75,9 @@ using cudaStream_t = struct CUstream_st*;
 enum cudaError_t {
     cudaSuccess = 0,
     cudaErrorInvalidValue = 1,
+    cudaErrorInvalidConfiguration = 9,
+    cudaErrorNoKernelImageForDevice = 209,
+    cudaErrorStreamMismatch = 400,  // the emulator's own
     cudaErrorLaunchFailure = 719,
     cudaErrorCooperativeLaunchTooLarge = 720
 };
@@ -111,11 +116,14 @@ struct cudaLaunchConfig_t {
 };
 struct cudaFuncAttributes {
     std::size_t sharedSizeBytes;
+    int ptxVersion;
 };
 
 namespace fastres::emu {
 inline constexpr int kMultiprocessors = 2;
 inline constexpr int kBlocksPerMultiprocessor = 2;
+// A launch on another is an error.
+inline cudaStream_t callers_stream = nullptr;
 // Runs the grid; what went wrong is told by cudaGetErrorString.
 cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, const std::function<void()>& body);
 }  // namespace fastres::emu
@@ -125,18 +133,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device)
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute which, int value);
 
-inline cudaError_t cudaGetLastError() {
-    return cudaSuccess;
-}
-inline cudaError_t cudaGetDevice(int* device) {
-    *device = 0;
-    return cudaSuccess;
-}
-inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int,
-                                                                 std::size_t) {
-    *blocks = fastres::emu::kBlocksPerMultiprocessor;
-    return cudaSuccess;
-}
+cudaError_t cudaGetLastError();
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel, int threads,
+                                                          std::size_t dynamic_bytes);
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
