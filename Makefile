@@ -17,7 +17,7 @@ test: $(VENV)/.test lint
 
 # The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer: a package beside the built library.
 SANITIZED := build/sanitize
-KERNEL_TESTS := tests/test_ops.py tests/test_ops_errors.py tests/test_max_pool.py $(wildcard tests/test_conv*.py)
+KERNEL_TESTS := tests/test_ops.py tests/test_ops_errors.py tests/test_max_pool.py tests/test_sequence_op.py $(wildcard tests/test_conv*.py)
 test-sanitize: $(VENV)/.test
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B $(SANITIZED) -DFASTRES_SANITIZE=ON -DFASTRES_CUDA=off \
 	    -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python

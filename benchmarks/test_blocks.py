@@ -7,7 +7,7 @@ pytest-benchmark is told these times, so that its table and its JSON hold the sa
 import pytest
 import torch
 
-from fastres import nn, sites
+from fastres import nn, recording, sites
 from fastres.timing import interleave, ratios
 
 # Block, channels of the input, planes, stride and side of the input: one of each stage of ResNet-18 and 50.
@@ -67,7 +67,7 @@ def measured(block: type, inplanes: int, planes: int, stride: int, side: int, dt
         with sites.stock():
             fused()
 
-    with sites.record() as records:
+    with recording.record() as records:
         fused()
     assert records and all(record.fused for record in records)
     stock()

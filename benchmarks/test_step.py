@@ -8,7 +8,7 @@ import argparse
 
 import pytest
 
-from fastres import bench, sites
+from fastres import bench, recording
 
 BATCH = {"cpu": 16, "cuda": 128}
 
@@ -25,7 +25,7 @@ def test_step(benchmark, timed, device, model, dtype, name):
     variant.warm_up()
     benchmark.group = f"training step {model} {dtype} batch {batch} {device.type}"
     benchmark.extra_info["images"] = batch
-    with sites.record() as records:
+    with recording.record() as records:
         variant.step()
     assert {record.fused for record in records} == {name == "fused"}
     timed(variant.step)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastres import _C, sites
+from fastres import _C, recording, sites
 from fastres.breakdown import PARTS, time_by_part
 from fastres.cuda_graph import CudaGraphs, GraphedStep
 from fastres.files import replaced
@@ -258,7 +258,7 @@ class Variant:
             BenchError: the model cannot run these settings.
         """
         try:
-            with sites.record() if self.name == "fused" else contextlib.nullcontext([]) as records:
+            with recording.record() if self.name == "fused" else contextlib.nullcontext([]) as records:
                 self.step()
             advance()
             for _ in range(self._warm_up_calls - 1):

@@ -215,16 +215,17 @@ def _quotients(name: str, device: str) -> Iterator[tuple[str, float]]:
 
 def _by_kernels(op: "Callable[..., torch.Tensor]") -> "Callable[..., torch.Tensor]":
     """The op, run by kernels on few values too; an error where PyTorch's own operations run it."""
-    from fastres import kernels, ops
-    from fastres.sites import Record
+    from fastres import kernels
+    from fastres.recording import Record, telling
 
     def run(*arguments, **options):
-        outer, record = (ops.record, kernels.few_values), Record((), "", True, None)
-        ops.record, kernels.few_values = record, 0
+        few_values, record = kernels.few_values, Record((), "", True, None)
+        kernels.few_values = 0
         try:
-            output = op(*arguments, **options)
+            with telling(record):
+                output = op(*arguments, **options)
         finally:
-            ops.record, kernels.few_values = outer
+            kernels.few_values = few_values
         if not record.fused:
             raise RuntimeError(f"no kernel ran: {record.reason[1]}")
         return output

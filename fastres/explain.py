@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
-from fastres import sites
+from fastres import recording
 from fastres.aliasing import used_once
 from fastres.fuse import Variant, is_fused, variants_of, why_stock
 from fastres.patterns import BATCH_NORMS
@@ -172,7 +172,7 @@ class _Block:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.records: list[sites.Record] = []
+        self.records: list[recording.Record] = []
         self.called: dict[nn.Module, None] = {}  # batch norms and ReLUs that ran as they are, in order
         self.went_stock: Reason | None = None  # why the original forward ran, where the module is fused
 
@@ -209,7 +209,7 @@ def _watched(names: dict[nn.Module, str]) -> Iterator[dict[nn.Module, _Block]]:
             note_records()
             running.pop()
 
-    with sites.record() as records, mock.patch.object(nn.Module, "__call__", watched_call):
+    with recording.record() as records, mock.patch.object(nn.Module, "__call__", watched_call):
         yield blocks
 
 

@@ -110,7 +110,8 @@ class _BnAct(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.training = training
         kept = recompute.keep_for_mask(ctx, output, residual, rest[-1])
-        ctx.save_for_backward(input, kept, weight, bias, mean, rstd)
+        ctx.save_for_backward(input, kept, weight, kept_bias(bias), mean, rstd)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return output
 
     @staticmethod
@@ -135,7 +136,7 @@ class _BnAct(torch.autograd.Function):
             None,
             None,
             grad_weight.to(weight.dtype) if needs_weight else None,
-            grad_bias.to(bias.dtype) if needs_bias else None,
+            grad_bias.to(ctx.bias_dtype) if needs_bias else None,
             *(None,) * 4,
         )
 
@@ -143,11 +144,12 @@ class _BnAct(torch.autograd.Function):
 recompute.register_node(_BnAct)
 
 
-def count_update(*statistics: Tensor | None) -> None:
-    """What autograd checks when a saved tensor was changed in place afterwards."""
-    for tensor in statistics:
-        if tensor is not None:
-            torch.autograd.graph.increment_version(tensor)
+def kept_bias(bias: Tensor | None) -> Tensor | None:
+    """What a backward pass makes the output, or its ReLU's mask, again with.
+
+    PyTorch's batch norm keeps no bias, which may change before the backward pass: this is a copy.
+    """
+    return None if bias is None else bias.detach().clone()
 
 
 def bn_act(input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu):
@@ -155,8 +157,6 @@ def bn_act(input, residual, running_mean, running_var, weight, bias, training, m
 
     Returns output, mean, rstd.
     """
-    if training:
-        count_update(running_mean, running_var)
     arguments = (input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(input, residual, weight, bias):
         statistics = []

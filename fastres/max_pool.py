@@ -85,7 +85,8 @@ class _BnReluMaxPool(torch.autograd.Function):
         )
         ctx.set_materialize_grads(False)
         ctx.pool, ctx.training = pool, training
-        ctx.save_for_backward(input, index, weight, bias, mean, rstd)
+        ctx.save_for_backward(input, index, weight, kernels.kept_bias(bias), mean, rstd)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return output
 
     @staticmethod
@@ -112,7 +113,7 @@ class _BnReluMaxPool(torch.autograd.Function):
             None,
             None,
             grad_weight.to(weight.dtype) if needs_weight else None,
-            grad_bias.to(bias.dtype) if needs_bias else None,
+            grad_bias.to(ctx.bias_dtype) if needs_bias else None,
             *(None,) * 3,
         )
 
@@ -147,8 +148,6 @@ def bn_relu_max_pool(
     pool: MaxPool, input, running_mean, running_var, weight, bias, training, momentum, eps
 ) -> Tensor:
     """max_pool2d(relu(batch_norm(input))) of what the kernels cover."""
-    if training:
-        kernels.count_update(running_mean, running_var)
     arguments = (pool, input, running_mean, running_var, weight, bias, training, momentum, eps)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(input, weight, bias):
         return _BnReluMaxPool.apply(*arguments)

@@ -13,17 +13,19 @@ from fastres import cases, composed, convolution, max_pool, tuning
 from fastres.kernels import bn_act, fragment, same_layout
 from fastres.packing import is_kept
 from fastres.recompute import call_without_keeping, call_without_keeping_values
+from fastres.recording import Record, current
 
 __all__ = ["add_relu", "batch_norm", "bn_add_relu", "bn_relu", "conv_bn_relu"]
 
 _kernels = torch.ops.fastres
 
-# A sites.Record, told how the ops run that a site calls; None where nobody records.
-record = None
+
+def _record() -> Record | None:
+    return None if torch.compiler.is_dynamo_compiling() else current()
 
 
 def _tell_composed(reason: str) -> None:
-    if record is not None and not torch.compiler.is_dynamo_compiling():
+    if (record := _record()) is not None:
         record.composed(reason)
 
 
@@ -31,14 +33,12 @@ def _check_residual(op: str, argument: str, residual: Tensor, input: Tensor) -> 
     if residual.shape == input.shape:
         return
     try:
-        matches = torch.broadcast_shapes(residual.shape, input.shape) == input.shape
+        torch.broadcast_shapes(residual.shape, input.shape)
     except RuntimeError:
-        matches = False
-    if not matches:
         raise ValueError(
             f"fastres::{op}: {argument} has shape {list(residual.shape)}, expected {list(input.shape)} "
-            "(the shape of input) or one that broadcasts to it"
-        )
+            "(the shape of input) or one that broadcasts with it"
+        ) from None
 
 
 def _bn_act(
@@ -80,7 +80,7 @@ def _pooled(pool: max_pool.MaxPool | None, output: Tensor) -> Tensor:
     """The maximum over windows by PyTorch, which keeps no input for backward that can be made again."""
     if pool is None:
         return output
-    if record is not None and not torch.compiler.is_dynamo_compiling():
+    if (record := _record()) is not None:
         record.pool_apart()
     return call_without_keeping(lambda values: max_pool.max_pool(pool, values), output)
 
@@ -163,10 +163,10 @@ def bn_add_relu(
         others: as of :func:`bn_relu`.
 
     Returns:
-        Tensor of input's shape and memory layout.
+        Tensor of input's shape and memory layout; of the broadcast shape.
 
     Raises:
-        ValueError: residual does not broadcast to input's shape; as of :func:`bn_relu`.
+        ValueError: residual and input do not broadcast; as of :func:`bn_relu`.
 
     Reference: He et al. 2015 (arXiv:1512.03385), equation 1; F.relu(F.batch_norm(...) + residual).
     """
@@ -278,7 +278,7 @@ def conv_bn_act(
     fits = cases.why_pytorch_refuses(running_mean, running_var, training, momentum, eps) is None
     has_statistics = running_mean is not None and running_var is not None
     at_once = fits and not training and has_statistics and not needs_grad
-    by = None
+    by, record = None, _record()
     if at_once or (fits and training and conv_bias is None):
         geometry = (stride, padding, dilation, groups)
         others = conv_bias, channel_vectors, geometry, training, needs_grad

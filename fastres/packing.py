@@ -13,15 +13,15 @@ class _Packed:
     """What one weight was packed into, by what that depends on besides its values."""
 
     def __init__(self) -> None:
-        self.by_key: dict[tuple, Tensor] = {}
-        self._seen: tuple | None = None
+        self._state: tuple[tuple, Tensor, dict[tuple, Tensor]] | None = None
 
-    def forget_old(self, weight: Tensor) -> None:
-        # The alias keeps the memory from being another weight's at the same address.
-        now = weight.data_ptr(), weight.dtype, weight._version
-        if self._seen is None or self._seen[0] != now:
-            self._seen = now, weight.detach()
-            self.by_key = {}
+    def of_now(self, weight: Tensor) -> dict[tuple, Tensor]:
+        """What it was packed into since it last changed."""
+        now, state = (weight.data_ptr(), weight.dtype, weight._version), self._state
+        if state is None or state[0] != now:
+            # The alias keeps the memory from being another weight's at the same address.
+            self._state = state = now, weight.detach(), {}
+        return state[2]
 
 
 _kept: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by weight
@@ -41,9 +41,9 @@ def packed(weight: Tensor, input: Tensor, stride, dilation, groups: int) -> Tens
     """`weight` as fastres::conv_bn_act_eval takes it for inputs like `input`; None if none is kept."""
     if not is_kept(weight):
         return None
-    kept = _kept[weight]
-    kept.forget_old(weight)
+    by_key = _kept[weight].of_now(weight)
     key = input.dtype, stride, dilation, groups, _C.cpu_isa()
-    if key not in kept.by_key:
-        kept.by_key[key] = _pack(weight, input, stride, dilation, groups)
-    return kept.by_key[key]
+    found = by_key.get(key)
+    if found is None:
+        found = by_key[key] = _pack(weight, input, stride, dilation, groups)
+    return found

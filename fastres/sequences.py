@@ -11,13 +11,14 @@ import copy
 import functools
 import itertools
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from fastres import _C, cases, inplace, sites
+from fastres import _C, cases, inplace, recording, sites
 from fastres.convolution import compute_dtype, pair
 from fastres.fuse import Fused, set_class, subclass
 from fastres.generated import compiled
@@ -30,7 +31,7 @@ from fastres.watch import is_torch_layer, stock_class
 
 _run = torch.ops.fastres.conv_bn_act_sequence.default
 _SITES = (sites.conv_bn_act, inplace.conv_bn_act)
-_MOST_KINDS = 8  # of inputs, whose forwards are kept
+_MOST_KINDS = 8  # of inputs, whose forwards are kept; then a kind gets one when it comes again
 _MOST_CHANGES = 16  # of the model from call to call, after which it is left alone
 
 Forward = Callable[[nn.Module, Tensor], Any]
@@ -82,7 +83,9 @@ class Forwards:
         self.model = model
         self.graph = _whole_graph(model)
         self._by_kind: dict[tuple[Any, ...], Forward | None] = {}
+        self._met: dict[tuple[Any, ...], None] = {}  # other kinds, the latest ones
         self._changes = 0
+        self._at_work = threading.Lock()
 
     def watch(self) -> None:
         """The model is from now on not to change."""
@@ -96,6 +99,14 @@ class Forwards:
             return None
         if cases.is_special(input) or cases.is_traced() or sites.watched():
             return None
+        if not self._at_work.acquire(blocking=False):  # in another thread
+            return None
+        try:
+            return self._of(input)
+        finally:
+            self._at_work.release()
+
+    def _of(self, input: Tensor) -> Forward | None:
         if not self._snapshot.holds():
             # The next call takes the trouble, if by then the model is still what it is now.
             self._changes += 1
@@ -117,9 +128,12 @@ class Forwards:
             _C.cpu_isa(),
         )
         if kind not in self._by_kind:
-            while len(self._by_kind) >= _MOST_KINDS:
-                self._by_kind.pop(next(iter(self._by_kind)), None)
-            self._by_kind[kind] = self._made_for(input)
+            if len(self._by_kind) == _MOST_KINDS:
+                if kind not in self._met:
+                    _keep_latest(self._met, kind, None)
+                    return None
+                del self._met[kind]
+            _keep_latest(self._by_kind, kind, self._made_for(input))
         return self._by_kind[kind]
 
     def _made_for(self, input: Tensor) -> Forward | None:
@@ -128,7 +142,7 @@ class Forwards:
         if self.graph is None:
             return None
         graph = copy.deepcopy(self.graph)
-        with sites.record() as records:
+        with recording.record() as records:
             watching = _Watching(self.model, graph, records)
             watching.run(input)
         if not watching.steps:
@@ -141,6 +155,12 @@ class Forwards:
 # ---------------------------------------------------------------------------------------------------------
 # Making a forward
 # ---------------------------------------------------------------------------------------------------------
+
+
+def _keep_latest(kinds: dict, kind: tuple[Any, ...], value: Any) -> None:
+    if len(kinds) == _MOST_KINDS:
+        kinds.pop(next(iter(kinds)))
+    kinds[kind] = value
 
 
 def _whole_graph(model: nn.Module) -> fx.Graph | None:
@@ -189,12 +209,11 @@ class _Step(NamedTuple):
 class _Watching(fx.Interpreter):
     """Runs a graph that fuse() made, and notes which of its calls a sequence can make."""
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, records: list[sites.Record]) -> None:
-        super().__init__(fx.GraphModule(model, graph))
+    def __init__(self, model: nn.Module, graph: fx.Graph, records: list[recording.Record]) -> None:
+        super().__init__(model, graph=graph)
         self.extra_traceback = False  # errors are the model's own
         self.steps: dict[fx.Node, _Step] = {}
         self._records = records
-        self._original = dict(zip(self.module.graph.nodes, graph.nodes, strict=True))
 
     def run_node(self, node: fx.Node) -> Any:
         before = len(self._records)
@@ -202,10 +221,10 @@ class _Watching(fx.Interpreter):
         if node.target in _SITES and len(self._records) == before + 1:
             step = self._step(node, self._records[before], output)
             if step is not None:
-                self.steps[self._original[node]] = step
+                self.steps[node] = step
         return output
 
-    def _step(self, node: fx.Node, record: sites.Record, output: Tensor) -> _Step | None:
+    def _step(self, node: fx.Node, record: recording.Record, output: Tensor) -> _Step | None:
         (conv, bn, *_), _ = self.fetch_args_kwargs_from_env(node)
         relu = node.kwargs["relu"]
         whole = "conv_bn" + ("_add" if len(_values(node)) > 1 else "") + ("_relu" if relu else "")

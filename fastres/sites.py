@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastres import ops
 from fastres.max_pool import MaxPool
 from fastres.recompute import call_without_keeping
+from fastres.recording import Reason, Record, begin, listening
 
-__all__ = ["Reason", "Record", "add_act", "bn_act", "conv_bn_act", "listen", "record", "stock", "why_not"]
+__all__ = ["add_act", "bn_act", "conv_bn_act", "stock", "why_not"]
 
 _CONV = (nn.Conv2d,)
 _BN_AFTER_CONV = (nn.BatchNorm2d,)
@@ -30,69 +30,10 @@ _ACT = (nn.ReLU,)
 _POOL = (nn.MaxPool2d,)
 _INPUT_DIMS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
 
-# The module that is in the way, None where it is none of the site's; and what is so about it, in words that
-# "on <the module's name>" can follow: (bn2, "a forward hook is set").
-Reason = tuple[nn.Module | None, str]
-
 Add = Callable[[Tensor, Tensor], Tensor]
 
 
-@dataclass(eq=False)
-class Record:
-    """What one call of a site did; complete once it is over.
-
-    Attributes:
-        modules: those that the site runs, without the ones that are None.
-        ran: the site's fused op, such as "conv_bn_add_relu"; the same name where it did not run fused.
-        fused: whether it did.
-        reason: why not, if not.
-        own_convolution: whether its convolution was fastres's, not PyTorch's.
-        own_in_channels_last: whether it would have been, had its input been in channels_last memory.
-    """
-
-    modules: tuple[nn.Module, ...]
-    ran: str
-    fused: bool
-    reason: Reason | None
-    own_convolution: bool = False
-    own_in_channels_last: bool = False
-
-    def composed(self, reason: str) -> None:
-        """Note that no kernel ran the fused op."""
-        self.fused, self.reason = False, (None, reason)
-
-    def pool_apart(self) -> None:
-        """Note that the maximum over windows is no part of the fused op."""
-        self.ran = self.ran.removesuffix("_max_pool")
-
-    def convolved(self) -> None:
-        """Note that the convolution was fastres's own."""
-        self.own_convolution = True
-
-
-_listener: Callable[[Record], object] | None = None
-
-
-@contextmanager
-def listen(listener: Callable[[Record], object]) -> Iterator[None]:
-    """Have `listener` called as each site begins, in this context."""
-    global _listener
-    outer, _listener = _listener, listener
-    try:
-        yield
-    finally:
-        _listener, ops.record = outer, None
-
-
-@contextmanager
-def record() -> Iterator[list[Record]]:
-    """Collect a Record of every site that is called in this context."""
-    records: list[Record] = []
-    with listen(records.append):
-        yield records
-
-
-_stock = False
+_stock = 0  # contexts, of all threads: a backward pass may run in others
 _STOCK: Reason = (None, "stock layers were asked for")
 # The trace may be read by somebody without fastres; and it is traced once more, without gradients, to see
 # whether that gives the same.
@@ -103,11 +44,11 @@ _TRACING: Reason = (None, "torch.jit.trace is at work")
 def stock() -> Iterator[None]:
     """Run every site as the modules themselves in this context: what the fused ops are compared with."""
     global _stock
-    outer, _stock = _stock, True
+    _stock += 1
     try:
         yield
     finally:
-        _stock = outer
+        _stock -= 1
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -135,7 +76,7 @@ def why_not(*modules: nn.Module | None) -> Reason | None:
 
 def watched() -> bool:
     """Whether somebody is to see each site or module as it is called."""
-    return _listener is not None or _why_no_site() is not None
+    return listening() is not None or _why_no_site() is not None
 
 
 def _why_traced() -> Reason | None:
@@ -232,8 +173,8 @@ def conv_bn_act(
         or _why_not_input(conv, input, (4,))
         or _why_not_channels(conv, input)
     )
-    if _listener is not None:
-        _tell("conv_bn", (conv, bn, act, pool), residual, relu, reason, pool)
+    if (listener := listening()) is not None:
+        _tell(listener, "conv_bn", (conv, bn, act, pool), residual, relu, reason, pool)
     if reason is not None:
         output = activate(act, _sum(bn(conv(input)), residual, add), relu)
         return output if pool is None else pool(output)
@@ -258,7 +199,7 @@ def conv_bn_act(
             relu,
             windows,
         )
-    except ValueError:
+    except _REFUSED:
         _uncount(bn)
         raise
 
@@ -288,8 +229,8 @@ def bn_act(
         or (None if act is None else _why_not(act, _ACT))
         or _why_not_input(bn, input, _INPUT_DIMS[type(bn)])
     )
-    if _listener is not None:
-        _tell("bn", (bn, act), residual, relu, reason)
+    if (listener := listening()) is not None:
+        _tell(listener, "bn", (bn, act), residual, relu, reason)
     if reason is not None:
         return activate(act, _sum(bn(input), residual, add), relu)
     return _fused_bn_act(bn, input, residual, relu)
@@ -299,8 +240,8 @@ def own_bn_act(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None = None
     """relu(bn(input) [+ residual]) of a batch norm that is itself the site: its caller minds its hooks."""
     bn._check_input_dim(input)
     reason = _why_stock()
-    if _listener is not None:
-        _tell("bn", (bn,), residual, True, reason)
+    if (listener := listening()) is not None:
+        _tell(listener, "bn", (bn,), residual, True, reason)
     if reason is not None:
         return F.relu(_sum(nn.BatchNorm2d.forward(bn, input), residual))
     return _fused_bn_act(bn, input, residual, relu=True)
@@ -320,8 +261,8 @@ def add_act(act: nn.Module | None, input: Tensor, other: Tensor, *, add: Add = t
     reason = _why_no_site() or (None if act is None else _why_not(act, _ACT))
     if reason is None and not (isinstance(input, Tensor) and isinstance(other, Tensor)):
         reason = act, "an addend is not a Tensor"
-    if _listener is not None:
-        _tell("", (act,), other, True, reason)
+    if (listener := listening()) is not None:
+        _tell(listener, "", (act,), other, True, reason)
     if reason is not None:
         return activate(act, add(input, other), relu=True)
     return ops.add_relu(input, other)
@@ -353,17 +294,15 @@ def _fused_bn_act(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None, re
         if residual is None:
             return ops.bn_relu(input, *arguments)
         return ops.bn_add_relu(input, residual, *arguments)
-    except ValueError:
+    except _REFUSED:
         _uncount(bn)
         raise
 
 
-def _tell(op, modules, residual, relu, reason, pool=None) -> None:
+def _tell(listener, op, modules, residual, relu, reason, pool=None) -> None:
     parts = (op, residual is not None and "add", relu and "relu", pool is not None and "max_pool")
     present = tuple(module for module in modules if module is not None)
-    record = Record(present, "_".join(filter(None, parts)), reason is None, reason)
-    ops.record = record
-    _listener(record)
+    begin(Record(present, "_".join(filter(None, parts)), reason is None, reason), listener)
 
 
 def _sum(output: Tensor, residual: Tensor | None, add: Add = torch.add) -> Tensor:
@@ -398,6 +337,10 @@ def _statistics(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, bool,
         if bn.momentum is None:  # the cumulative average
             momentum = 1.0 / float(bn.num_batches_tracked)
     return bn.running_mean, bn.running_var, True, momentum
+
+
+# By fastres, or by PyTorch; or there was no memory.
+_REFUSED = (ValueError, TypeError, RuntimeError, MemoryError)
 
 
 def _uncount(bn: nn.BatchNorm2d) -> None:

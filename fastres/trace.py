@@ -13,7 +13,7 @@ import inspect
 import keyword
 import operator
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType
@@ -195,6 +195,18 @@ class _OwnForward(fx.Tracer):
         self.forward = forward
         self.inline = inline
         self.defaults: dict[str, Any] = {}
+
+    # While it traces, modules that other threads call come by here as well.
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self.watch.elsewhere():
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return (
+            attr_val if self.watch.elsewhere() else super().getattr(attr, attr_val, parameter_proxy_cache)
+        )
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None

@@ -26,6 +26,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fastres import _C
 from fastres.files import cache_path, replaced
+from fastres.recording import telling
 
 MODES = ("cached", "on", "off")
 _SECONDS = 0.1  # that the measurement of a layer goes on for each side, at least
@@ -223,14 +224,8 @@ def _measured(layer: Layer) -> Times | None:
 
 def measure(layer: Layer) -> Times:
     """Medians of calls that take turns, unseen by whoever watches the calls around them."""
-    from fastres import ops
-
-    record, ops.record = ops.record, None
-    try:
-        with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-            return _medians(layer)
-    finally:
-        ops.record = record
+    with telling(None), saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        return _medians(layer)
 
 
 def _medians(layer: Layer) -> Times:

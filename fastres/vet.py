@@ -55,7 +55,7 @@ _REFUSED_OPCODES = {
 }
 _SITES = f"{__package__}.sites"  # whose functions call the modules themselves when they are given stand-ins
 _TRACING = {f"{__package__}.{name}" for name in ("vet", "watch", "trace", "aliasing", "patterns", "fuse")}
-_TRACING.add(_SITES)
+_TRACING |= {_SITES, f"{__package__}.recording"}  # which the sites tell
 
 
 def from_torch(module_name: str) -> bool:

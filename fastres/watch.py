@@ -11,6 +11,7 @@ import functools
 import inspect
 import math
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,6 +132,11 @@ class Watch:
         self.error: Untraceable | None = None
         self._seen: set[Any] = set()
         self._state = torch_state()
+        self._thread = threading.get_ident()
+
+    def elsewhere(self) -> bool:
+        """Whether another thread asks than the one that traces."""
+        return threading.get_ident() != self._thread
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -172,6 +178,8 @@ class Watch:
         watch = self
 
         def __getattribute__(module: nn.Module, name: str) -> Any:
+            if watch.elsewhere():
+                return object.__getattribute__(module, name)
             caller = sys._getframe(1).f_globals.get("__name__", "")
             if not is_machinery(caller):
                 return watch.read(module, name)
@@ -220,7 +228,12 @@ class Watch:
                 self.refuse(f"forward calls {shown}()")
             self.guard_children(module)
         elif isinstance(defined, FunctionType):
-            self.guard(f"{name!r} not in {owner}.__dict__", f"{shown} was replaced")
+            constant = f"_{len(self.guards)}_{name}"
+            self.guard(
+                f"{name!r} not in {owner}.__dict__ and {owner}.__class__.{name} is {constant}",
+                f"{shown} was replaced",
+                **{constant: defined},
+            )
         elif not isinstance(defined, (staticmethod, classmethod, property)):
             self.refuse(
                 f"forward reads {shown}, which is {'missing' if defined is None else 'no plain value'}"

@@ -5,7 +5,7 @@ import random
 
 import torch
 
-from fastres import sites
+from fastres import recording
 from fastres.fuse import is_fused
 
 DTYPE = torch.float64
@@ -65,7 +65,7 @@ def images(channels=3, size=32, batch=2):
 def ran(model, *inputs):
     """The fused operations that a forward of the model (a copy of it: the statistics stay) runs."""
     model = copy.deepcopy(model)
-    with sites.record() as records:
+    with recording.record() as records:
         model(*inputs)
     return [record.ran for record in records if record.fused]
 

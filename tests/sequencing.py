@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastres
-from fastres import sites
+from fastres import recording
 
 
 def randomized(model):
@@ -24,8 +24,8 @@ def images(batch=2, side=32, channels=3):
 
 
 def without_sequences(model, input):
-    """What it gives where each layer is called by itself, which `sites.record` asks for."""
-    with torch.no_grad(), sites.record():
+    """What it gives where each layer is called by itself, which `recording.record` asks for."""
+    with torch.no_grad(), recording.record():
         return model(input)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from training import RunAgain
 
 import fastres.nn
-from fastres import bench, sites, timing
+from fastres import bench, recording, sites, timing
 
 SMALL = [
     "--model",
@@ -105,7 +105,7 @@ def test_says_when_the_rounds_disagree():
 
 @pytest.mark.parametrize("name, fused", [("fused", True), ("eager", False)])
 def test_variants_run_what_their_names_say(name, fused):
-    with sites.record() as records:
+    with recording.record() as records:
         bench.Variant(name, arguments()).step()
     assert records and {record.fused for record in records} == {fused}
 
@@ -114,7 +114,7 @@ def test_stock_layers_are_the_modules_themselves():
     bn, stock = nn.BatchNorm2d(3), fastres.nn.BnAddReLU2d(3)
     x = torch.randn(2, 3, 5, 5)
     expected = torch.relu(bn(x) + x)
-    with sites.stock(), sites.record() as records:
+    with sites.stock(), recording.record() as records:
         assert torch.equal(stock(x, x), expected)
     assert [(record.fused, record.reason) for record in records] == [
         (False, (None, "stock layers were asked for"))

@@ -8,7 +8,7 @@ from torch import library, nn
 from torch.nn import functional as F
 
 import fastres
-from fastres import sites
+from fastres import recording
 from fastres.max_pool import MaxPool
 
 RESNET = MaxPool((3, 3), (2, 2), (1, 1), False)
@@ -114,7 +114,7 @@ def test_one_op_runs_a_stem_where_no_gradient_is_wanted(grad):
     stock = Stem(nn.MaxPool2d(3, 2, 1)).eval().to(memory_format=torch.channels_last)
     x = channels_last(torch.randn(2, 3, 64, 64))
     model = fastres.fuse(stock)
-    with torch.set_grad_enabled(grad), sites.record() as records:
+    with torch.set_grad_enabled(grad), recording.record() as records:
         output = model(x)
     assert [(record.ran, record.fused) for record in records] == [("conv_bn_relu_max_pool", True)]
     assert records[0].own_convolution != grad

@@ -8,7 +8,7 @@ import torch
 from layers import Case, assert_accurate, channels_last, conv_bn_relu, is_node
 from torch.autograd import forward_ad
 
-from fastres import _C, models, ops, sites
+from fastres import _C, models, ops, recording, sites
 from fastres.packing import keep_packed
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_layers")
@@ -192,7 +192,7 @@ def test_packing_a_large_weight_for_few_pixels(batch, channels, training, kept, 
     conv, bn = torch.nn.Conv2d(channels, channels, 3, padding=1, bias=False), torch.nn.BatchNorm2d(channels)
     if kept:
         keep_packed(conv.weight)
-    with torch.no_grad(), sites.record() as records:
+    with torch.no_grad(), recording.record() as records:
         input = torch.randn(batch, channels, 8, 8).to(memory_format=torch.channels_last)
         sites.conv_bn_act(conv, bn.train(training), None, input, relu=True)
     assert [record.own_convolution for record in records] == [ours]
@@ -206,6 +206,6 @@ def test_packing_a_large_weight_for_few_pixels(batch, channels, training, kept, 
 def test_training_on_one_image_of_few_pixels(batch, side, stride, ours):
     conv, bn = torch.nn.Conv2d(64, 64, 3, stride, padding=1, bias=False), torch.nn.BatchNorm2d(64)
     input = channels_last(torch.randn(batch, 64, side, side))
-    with sites.record() as records:
+    with recording.record() as records:
         sites.conv_bn_act(conv, bn, None, input, relu=True).sum().backward()
     assert [record.own_convolution for record in records] == [ours]

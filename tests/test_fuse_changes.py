@@ -3,11 +3,13 @@
 import copy
 
 import pytest
+import torch
 from fusing import DTYPE, close, images, ran, same
 from torch import nn
 from torch.nn import functional as F
 from user_blocks import Body, Chosen, InPlaceSum, Layers, LeavesInput, Shortcut, conv
 
+from fastres.explain import explain
 from fastres.fuse import fuse, unfuse
 
 # ---------------------------------------------------------------------------------------------------------
@@ -197,3 +199,28 @@ def test_global_hooks_fire_on_every_layer(block):
         ["Conv2d", "BatchNorm2d"] * 3 if block is Shortcut else ["Conv2d", "BatchNorm2d"] * 2 + ["ReLU"]
     )
     assert sorted(seen) == sorted([*layers, "Sequential", block.__name__])
+
+
+class _Helped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32)
+
+    def helper(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+    def forward(self, x):
+        return self.helper(x)
+
+
+def test_a_helper_that_is_replaced_in_its_class(monkeypatch):
+    model = fuse(_Helped().eval())
+    input = torch.randn(2, 3, 16, 16)
+    before = model(input)
+    monkeypatch.setattr(_Helped, "helper", lambda self, x: _plain(self, x) + 1)
+    torch.testing.assert_close(model(input), before + 1)
+    assert "helper was replaced" in str(explain(model, input))
+
+
+def _plain(self, x):
+    return F.relu(self.bn(self.conv(x)))

@@ -13,7 +13,7 @@ from torch import library, nn
 from torch.nn import functional as F
 
 import fastres
-from fastres import kernels, sites
+from fastres import kernels, recording, sites
 from fastres.max_pool import MaxPool, bn_relu_max_pool, covers
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -290,7 +290,7 @@ def test_a_fused_stem_equals_stock(name, mode):
     stock.train(mode == "train")
     model = fastres.fuse(stock)
     x = images()
-    with sites.record() as records:
+    with recording.record() as records:
         ours = step(model, x)
     assert [record.ran for record in records] == ["conv_bn_relu_max_pool" if fits else "conv_bn_relu"]
     assert records[0].fused
@@ -337,7 +337,7 @@ def test_a_pool_that_runs_by_itself(name):
     spoil(stock)
     x = images(**how)
     model = fastres.fuse(stock)
-    with sites.record() as records:
+    with recording.record() as records:
         ours = step(model, x)
     assert [record.ran for record in records] == ["conv_bn_relu"]
     for a, b in zip(ours, step(stock, x), strict=True):
@@ -364,7 +364,7 @@ def test_another_use_of_the_activation_keeps_it():
             return self.pool(y).sum() + y.sum()
 
     stock = Twice().double().to(memory_format=torch.channels_last)
-    with sites.record() as records:
+    with recording.record() as records:
         ours = step(fastres.fuse(stock), images())
     assert [record.ran for record in records] == ["conv_bn_relu"]
     torch.manual_seed(1234)
@@ -389,7 +389,7 @@ def test_what_a_stem_keeps():
 def test_autocast():
     model = fastres.fuse(Stem(channels=32)).to(memory_format=torch.channels_last)
     x = images(torch.float32)
-    with sites.record() as records, torch.autocast("cpu", torch.bfloat16):
+    with recording.record() as records, torch.autocast("cpu", torch.bfloat16):
         output = model(x)
     assert output.dtype == torch.bfloat16 and records[0].ran == "conv_bn_relu_max_pool"
     output.float().sum().backward()

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -191,3 +192,34 @@ def test_training_holds_no_more_after_many_steps_than_after_two():
         model.zero_grad(set_to_none=True)
         held.append(sum(_C.memory()))
     assert held[1] > 8 * MB and len(set(held[1:])) == 1
+
+
+def resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / MB
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "infer"])
+def test_the_process_does_not_grow(train):
+    """In 200 calls, of images whose size changes."""
+    model = fastres.models.resnet18(num_classes=10).to(memory_format=torch.channels_last)
+    if not train:
+        model = fastres.optimize_for_inference(model)
+    inputs = [torch.randn(2, 3, side, side) for side in range(33, 53)]
+    inputs = [input.to(memory_format=torch.channels_last) for input in inputs]
+
+    def call(input):
+        with torch.set_grad_enabled(train):
+            output = model(input)
+        if train:
+            output.sum().backward()
+            model.zero_grad(set_to_none=True)
+
+    grown = []
+    for _ in range(10):
+        for input in inputs:
+            call(input)
+        gc.collect()
+        grown.append((resident_mb(), len(gc.get_objects())))
+    before, after = grown[4], grown[-1]
+    assert after[0] - before[0] < 8 and after[1] - before[1] < 100, grown

@@ -12,7 +12,7 @@ from steps import DTYPE, MODES, assert_same, filled, randn, run, set_mode
 from torch import nn
 from torch.nn import functional as F
 
-from fastres import models, sites
+from fastres import models, recording
 from fastres.models.cifar import ZeroPadShortcut
 from fastres.nn import BasicBlock, Bottleneck, PlainBlock
 
@@ -154,7 +154,7 @@ def test_zero_init_residual_leaves_plain_blocks_alone():
 def test_resnet_is_torchvisions(torchvision, name, mode):
     stock, fused = pair(torchvision, name, mode)
     x = randn(2, 3, 64, 64)
-    with sites.record() as records:
+    with recording.record() as records:
         actual = run(fused, fused, x)
     assert all(r.fused for r in records)
     assert_same(actual, run(stock, stock, x))
@@ -194,7 +194,7 @@ def test_resnet_with_every_kind_of_batch_norm(torchvision, block, bn, mode):
 def test_another_norm_layer_runs_as_it_is(torchvision, block, norm_layer):
     stock, fused = small(torchvision, block, norm_layer=norm_layer)
     x = randn(2, 3, 32, 32)
-    with sites.record() as records:
+    with recording.record() as records:
         actual = run(fused, fused, x)
     assert not any(r.fused for r in records)
     assert_same(actual, run(stock, stock, x))
@@ -205,7 +205,7 @@ def test_sync_batch_norm_is_left(torchvision):
     stock = nn.SyncBatchNorm.convert_sync_batchnorm(small(torchvision, "Bottleneck", "eval")[0])
     fused.load_state_dict(stock.state_dict())
     x = randn(2, 3, 32, 32)
-    with sites.record() as records:
+    with recording.record() as records:
         actual = run(fused, fused, x)
     assert {r.reason[1] for r in records} == {"SyncBatchNorm instead of nn.BatchNorm2d"}
     assert_same(actual, run(stock, stock, x))

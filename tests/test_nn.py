@@ -11,7 +11,7 @@ from steps import BN_ARGUMENTS, CONV_ARGUMENTS, DTYPE, MODES, assert_same, fille
 from torch import nn
 from torch.nn import functional as F
 
-from fastres import sites
+from fastres import recording
 from fastres.nn import BasicBlock, BnAddReLU2d, BnReLU2d, Bottleneck, ConvBn2d, ConvBnReLU2d, PlainBlock
 
 
@@ -177,7 +177,7 @@ def test_conv_bn_of_other_modules_runs_them(kind):
 def test_block_is_torchvisions(torchvision, name, mode):
     stock, fused, x = blocks(torchvision, name)
     twins(stock, fused, mode)
-    with sites.record() as records:
+    with recording.record() as records:
         actual = run(fused, fused, x)
     assert all(r.fused for r in records) and records[-1].ran == "conv_bn_add_relu"
     assert_same(actual, run(stock, stock, x))
@@ -255,7 +255,7 @@ def test_backward_hooks_on_inner_modules_fire(torchvision, name, part):
 def test_a_hook_leaves_the_rest_of_the_block_fused():
     block = Bottleneck(4, 1)
     block.bn2.register_forward_hook(lambda *_: None)
-    with sites.record() as records:
+    with recording.record() as records:
         block(torch.randn(2, 4, 5, 5))
     assert [r.fused for r in records] == [True, False, True]
     assert records[1].reason == (block.bn2, "a forward hook is set")

@@ -55,7 +55,7 @@ def test_the_error_that_stock_raises(change):
         assert torch.equal(arguments[name], tensor), name
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 3, 2), (2, 5, 3, 3), (3, 4, 3, 3), (2, 2, 4, 3, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 4, 3, 2), (2, 5, 3, 3), (3, 4, 3, 3), (2, 2, 5, 3, 3)], ids=str)
 def test_residual_of_another_shape(shape):
     arguments = make()
     message = (
@@ -67,8 +67,9 @@ def test_residual_of_another_shape(shape):
     assert torch.equal(arguments["running_var"], torch.ones(4))
 
 
-def test_residual_that_broadcasts_runs_composed():
-    arguments, residual = make(), torch.randn(1, 4, 1, 1)
+@pytest.mark.parametrize("shape", [(1, 4, 1, 1), (2, 2, 4, 3, 3), (1, 2, 4, 3, 3)], ids=str)
+def test_residual_that_broadcasts_runs_composed(shape):
+    arguments, residual = make(), torch.randn(shape)
     stock = F.relu(
         F.batch_norm(**make() | {k: arguments[k] for k in ("input", "weight", "bias")}) + residual
     )

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastres
-from fastres import cli, models, sites
+from fastres import cli, models, recording, sites
 from fastres.profiler import Profile, ProfileError, limits
 from fastres.profiler.advice import advice
 from fastres.profiler.blocks import find_blocks
@@ -50,9 +50,9 @@ def blocks_of(model, input):
 @pytest.mark.parametrize("stock", [False, True], ids=["fused", "stock"])
 def test_blocks_hold_each_site_once_fused_or_not(stock):
     model = models.resnet50(num_classes=10)
-    with sites.record() as records:
+    with recording.record() as records:
         model(images(64))
-    with sites.stock() if stock else sites.record():
+    with sites.stock() if stock else recording.record():
         blocks = blocks_of(model, images(64))
     stages = [f"layer{stage}.{i}" for stage, depth in enumerate((3, 4, 6, 3), 1) for i in range(depth)]
     assert [block.name for block in blocks] == ["stem", *stages, "head"]

@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import fastres
-from fastres import _C, sites
+from fastres import _C, sequences, sites
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -202,6 +202,20 @@ def test_kinds_of_inputs(ran):
     assert ran and len(ran) % 2 == 0
     for side in range(40, 60):
         model(images(1, side))
+
+
+def test_of_many_kinds_those_that_come_again(ran):
+    """The first ones get sequences at once, later ones when they come a second time; nothing piles up."""
+    model = optimized(small())
+    sources = torch.fx.graph_module._loader.eval_cache
+    kinds = [images(1, side) for side in range(33, 63)]
+    known = len(sources)
+    for _ in range(2):
+        made = [bool(ran_of(model, input, ran)) for input in kinds]
+        assert made[: sequences._MOST_KINDS] == [True] * sequences._MOST_KINDS or not any(made)
+        assert not any(made[sequences._MOST_KINDS :])
+    assert [bool(ran_of(model, kinds[-1], ran)) for _ in range(3)] == [True] * 3
+    assert len(sources) == known
 
 
 @pytest.mark.skipif(not _C.convolves("bfloat16"), reason="the processor has no bf16 convolutions of ours")

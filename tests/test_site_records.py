@@ -9,13 +9,13 @@ from steps import (
     site,
 )
 
-from fastres import sites
+from fastres import recording, sites
 
 
 def test_records_say_what_ran():
     conv, bn, act = site()
     x, residual = randn(2, 4, 5, 5), randn(2, 6, 5, 5)
-    with sites.record() as records:
+    with recording.record() as records:
         sites.conv_bn_act(conv, bn, act, x, relu=True)
         sites.conv_bn_act(conv, bn, None, x, residual, relu=True)
         sites.conv_bn_act(conv, bn, None, x, relu=False)
@@ -63,7 +63,7 @@ def bn_act(bn, x, residual=None):
 def test_records_tell_when_no_kernel_ran(how, words):
     _, bn, _ = site()
     x = randn(2, 6, 5, 6)
-    with sites.record() as records, contextlib.suppress(RuntimeError):  # stock's, of mixed dtypes
+    with recording.record() as records, contextlib.suppress(RuntimeError):  # stock's, of mixed dtypes
         bn_act(bn, x)
         how(bn, x)
     assert (records[0].fused, records[0].reason) == (True, None)
@@ -75,7 +75,7 @@ def test_few_values_run_by_pytorch(few_values, monkeypatch):
     _, bn, act = site()
     bn.eval()
     x = randn(1, 6, few_values // 6 + 1, 1)
-    with sites.record() as records:
+    with recording.record() as records:
         sites.bn_act(bn, act, x[:, :, 1:].contiguous(), relu=True)
         sites.bn_act(bn, act, x, relu=True)
         sites.add_act(act, x, x)
@@ -86,9 +86,9 @@ def test_few_values_run_by_pytorch(few_values, monkeypatch):
 
 def test_records_nest_and_end_with_their_context():
     x = randn(2, 4)
-    with sites.record() as outer:
+    with recording.record() as outer:
         sites.add_act(None, x, x)
-        with sites.record() as inner, pytest.raises(KeyError):
+        with recording.record() as inner, pytest.raises(KeyError):
             sites.add_act(None, x, x)
             raise KeyError
         sites.add_act(None, x, x)

@@ -24,7 +24,7 @@ from torch.nn.modules import module as module_hooks
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastres import sites
+from fastres import recording, sites
 from fastres.nn import BnAddReLU2d
 
 
@@ -65,7 +65,7 @@ def test_conv_bn_act_follows_every_rule_of_batch_norm(bn, mode, residual):
     fused = copy.deepcopy(stock)
     x, residual = randn(3, 4, 5, 7), randn(3, 6, 5, 7) if residual else None
     expected = run(stock, lambda x, r: composition(stock[1], x, r, True, conv=stock[0]), x, residual)
-    with sites.record() as records:
+    with recording.record() as records:
         actual = run(fused, lambda x, r: sites.conv_bn_act(*fused, x, r, relu=True), x, residual)
     assert [r.fused for r in records] == [True] * 2
     assert_same(actual, expected)
@@ -138,7 +138,7 @@ def test_bn_act_takes_other_dimensions(kind, shape):
     fused = copy.deepcopy(stock)
     x = randn(*shape)
     expected = run(stock, lambda x: composition(stock[0], x, None, True), x)
-    with sites.record() as records:
+    with recording.record() as records:
         actual = run(fused, lambda x: sites.bn_act(*fused, x, relu=True), x)
     assert records[0].fused
     assert_same(actual, expected)
@@ -156,7 +156,7 @@ def test_add_act(act):
 def test_add_act_takes_what_adds():
     x = randn(2, 6, 5, 7)
     torch.testing.assert_close(sites.add_act(None, x, x[:, :, :1, :1]), F.relu(x + x[:, :, :1, :1]))
-    with sites.record() as records:
+    with recording.record() as records:
         torch.testing.assert_close(sites.add_act(None, x, 0.5), F.relu(x + 0.5))
     assert records[0].reason == (None, "an addend is not a Tensor")
 
@@ -184,7 +184,7 @@ def test_one_value_a_channel_is_batch_norms_error():
 
 def test_a_wrong_dimension_is_the_modules_error():
     conv, bn, act = site()
-    with sites.record() as records, pytest.raises(ValueError, match="expected 4D input"):
+    with recording.record() as records, pytest.raises(ValueError, match="expected 4D input"):
         sites.conv_bn_act(conv, bn, act, randn(4, 6, 6), relu=True)
     assert records[0].reason == (conv, "the input is 3-d")
     with pytest.raises(ValueError, match="expected 4D input"):
@@ -329,7 +329,7 @@ def test_what_stands_in_the_way_is_named_and_runs_as_it_is(hinder):
     culprit, text = hinder(*modules)
     twin.load_state_dict(modules.state_dict())
     expected = run(twin, lambda x, r: twin[2](twin[1](twin[0](x)) + r), x, residual)
-    with sites.record() as records:
+    with recording.record() as records:
         actual = run(modules, lambda x, r: sites.conv_bn_act(*modules, x, r, relu=True), x, residual)
     assert_same(actual, expected)
     assert not was_fused(lambda: sites.conv_bn_act(*modules, x, residual, relu=True))
@@ -356,7 +356,7 @@ def test_a_hook_in_a_bn_act_site(place):
     modules[place].register_forward_hook(lambda module, inputs, output: output * 2)
     x = randn(2, 4, 5, 5)
     expected = modules[1](modules[0](x) + x)
-    with sites.record() as records:
+    with recording.record() as records:
         torch.testing.assert_close(sites.bn_act(*modules, x, x, relu=True), expected, rtol=0, atol=0)
     assert records[0].reason == (modules[place], "a forward hook is set")
 
@@ -364,7 +364,7 @@ def test_a_hook_in_a_bn_act_site(place):
 def test_a_hook_in_an_add_act_site():
     act, x = nn.ReLU(), randn(2, 4)
     act.register_forward_hook(lambda module, inputs, output: output * 2)
-    with sites.record() as records:
+    with recording.record() as records:
         torch.testing.assert_close(sites.add_act(act, x, x), F.relu(x + x) * 2, rtol=0, atol=0)
     assert records[0].reason == (act, "a forward hook is set")
 
@@ -373,7 +373,7 @@ def test_sync_batch_norm_is_left():
     conv, _, act = site()
     bn = filled(nn.SyncBatchNorm(6, dtype=DTYPE)).eval()  # which trains on GPUs only
     x = randn(2, 4, 5, 5)
-    with sites.record() as records:
+    with recording.record() as records:
         output = sites.conv_bn_act(conv, bn, act, x, relu=True)
     torch.testing.assert_close(output, F.relu(bn(conv(x))), rtol=0, atol=0)
     assert records[0].reason == (bn, "SyncBatchNorm instead of nn.BatchNorm2d")
@@ -445,7 +445,7 @@ def test_stock_runs_every_site_as_its_modules():
         y = sites.conv_bn_act(*modules, x, residual, relu=True)
         return sites.add_act(None, own(sites.bn_act(modules[1], None, y, relu=True), residual), residual)
 
-    with sites.stock(), sites.record() as records:
+    with sites.stock(), recording.record() as records:
         assert not was_fused(call)
     assert was_fused(call)
     assert [r.reason for r in records] == [(None, "stock layers were asked for")] * 4
@@ -461,3 +461,40 @@ def test_activation_checkpointing_counts_batches_as_stock_does(use_reentrant):
     assert_same(
         run(fused, lambda x: checkpoint(lambda x: sites.conv_bn_act(*fused, x, relu=True), x), x), expected
     )
+
+
+@pytest.mark.parametrize("shape", [(4, 64, 20, 20), (1, 1, 64, 20, 20)], ids=str)
+def test_a_sum_that_broadcasts_the_batch_norm(shape):
+    conv, bn = nn.Conv2d(8, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)
+    input, residual = torch.randn(1, 8, 20, 20), torch.randn(shape)
+    expected = F.relu(copy.deepcopy(bn)(conv(input)) + residual)
+    output = sites.conv_bn_act(conv, bn, None, input, residual, relu=True)
+    torch.testing.assert_close(output, expected)
+
+
+REFUSED = {
+    "double": lambda conv, x: x.double(),
+    "bf16": lambda conv, x: x.bfloat16(),
+    "integers": lambda conv, x: x.long(),
+    "a small image": lambda conv, x: x[..., :1, :1],
+    "channels": lambda conv, x: x[:, :5],
+    "stride": lambda conv, x: setattr(conv, "stride", (0, 0)) or x,
+    "padding": lambda conv, x: setattr(conv, "padding", (-1, -1)) or x,
+    "dilation": lambda conv, x: setattr(conv, "dilation", (0, 0)) or x,
+    "groups": lambda conv, x: setattr(conv, "groups", 3) or x,
+    "weight": lambda conv, x: setattr(conv.weight, "data", conv.weight.data[0]) or x,
+}
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("change", REFUSED.values(), ids=REFUSED)
+def test_a_batch_that_stock_refuses_is_not_counted(change, layout):
+    """As in stock, where the convolution refuses it before the batch norm sees it."""
+    conv, bn = nn.Conv2d(8, 64, 3, bias=False), nn.BatchNorm2d(64)
+    input = change(conv, torch.randn(4, 8, 20, 20).contiguous(memory_format=layout))
+    with pytest.raises(Exception) as stock:
+        bn(conv(input))
+    with pytest.raises(type(stock.value)):
+        sites.conv_bn_act(conv, bn, None, input, relu=True)
+    assert bn.num_batches_tracked == 0
+    assert torch.equal(bn.running_mean, torch.zeros(64)) and torch.equal(bn.running_var, torch.ones(64))

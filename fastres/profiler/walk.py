@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import Node
 
-from fastres import sites
+from fastres import recording
 from fastres.watch import is_torch_layer
 
 # A piece's index, or the name of what is no part of the model, such as "optimizer".
@@ -39,7 +39,7 @@ class Piece:
     """
 
     modules: tuple[nn.Module, ...]
-    record: sites.Record | None
+    record: recording.Record | None
     parent: int
 
 
@@ -83,18 +83,18 @@ class Walk:
                 self.enter(self._stack[-1] if self._stack[-1] >= 0 else "between blocks")
 
         self._site: tuple[nn.Module, ...] = ()
-        with sites.listen(self._begin_site), mock.patch.object(nn.Module, "__call__", watched_call):
+        with recording.listen(self._begin_site), mock.patch.object(nn.Module, "__call__", watched_call):
             yield
 
     def _is_of_the_site(self, module: nn.Module) -> bool:
         """Run unfused, a site calls its modules."""
         return any(module is other for other in self._site)
 
-    def _begin_site(self, record: sites.Record) -> None:
+    def _begin_site(self, record: recording.Record) -> None:
         self._begin(record.modules, record)
         self._site = record.modules
 
-    def _begin(self, modules: tuple[nn.Module, ...], record: sites.Record | None) -> int:
+    def _begin(self, modules: tuple[nn.Module, ...], record: recording.Record | None) -> int:
         self._site = ()
         self.pieces.append(Piece(modules, record, self._stack[-1]))
         self.enter(len(self.pieces) - 1)
