@@ -1,7 +1,8 @@
 """ResNet-50 trained in bf16: the loss follows stock PyTorch's as closely as roundings let any two runs do.
 
 Roundings are sampled by training stock PyTorch from weights that differ by less than bf16 resolves: each is
-multiplied by 1 +- 2^-9, so that the numbers of all layers round otherwise and nothing else is changed.
+multiplied by 1 +- 2^-9, so that the numbers of all layers round otherwise and nothing else is changed. What
+counts is how far a run is from those of stock PyTorch on average.
 """
 
 import contextlib
@@ -14,8 +15,9 @@ from torch.nn import functional as F
 from fastres import models, sites
 
 STEPS, BATCH, CLASSES = 30, 16, 10
-FACTOR = 1.5  # of the largest distance of few samples
-SAMPLES = 3
+SAMPLES = 4
+# Of so many runs of one kind and another of the same kind, that one is every so often the farthest.
+FACTOR = 1.25
 
 
 def batches():
@@ -56,14 +58,18 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a - b).square().mean().sqrt().item()
 
 
+def mean_distance(run: torch.Tensor, others: list[torch.Tensor]) -> float:
+    return sum(distance(run, other) for other in others) / len(others)
+
+
 @pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     reason="without AVX-512, PyTorch's convolutions in bf16 take minutes a step",
 )
 def test_the_loss_of_a_bf16_training():
-    stock = losses(True, None)
-    assert stock[-5:].mean() < 0.7 * math.log(CLASSES), (
+    stock = [losses(True, seed) for seed in (None, *range(1, SAMPLES))]
+    assert stock[0][-5:].mean() < 0.7 * math.log(CLASSES), (
         "it does not learn, so that there is nothing to follow"
     )
-    samples = [distance(losses(True, seed), stock) for seed in range(SAMPLES)]
-    assert distance(losses(False, None), stock) <= FACTOR * max(samples), samples
+    far = [mean_distance(run, [other for other in stock if other is not run]) for run in stock]
+    assert mean_distance(losses(False, None), stock) <= FACTOR * max(far), far
