@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from convolving import BY_GROUPS, BY_WINOGRAD, DIRECTLY
+from emulated_ops import cuda_kernels_on_the_host
 from layers import DTYPES, units
 from PIL import Image
 from torch import library
@@ -59,13 +60,21 @@ def transformers(torchvision):  # which it imports where it is installed
 @pytest.fixture(
     params=[
         "cpu",
+        "emu",
         *(pytest.param(name, marks=pytest.mark.cuda) for name in ("cuda", "cuda_other_launches")),
     ]
 )
-def device(request):
-    """Where a test's tensors are; on CUDA also with batch norms that read theirs once, and overlap else."""
+def device(request, monkeypatch):
+    """Where a test's tensors are; on CUDA also with batch norms that read theirs once, and overlap else.
+
+    "emu" is the CPU with the kernels of CUDA.
+    """
     if request.param == "cpu":
         yield "cpu"
+        return
+    if request.param == "emu":
+        with cuda_kernels_on_the_host(monkeypatch):
+            yield "cpu"
         return
     if not (torch.cuda.is_available() and _C.build_info()["cuda"]):
         pytest.skip("no CUDA device, or fastres was built without CUDA")
@@ -75,6 +84,12 @@ def device(request):
     yield "cuda"
     _C.use_on_chip(0)
     _C.overlap_launches(False)
+
+
+@pytest.fixture
+def emulated(request) -> bool:
+    """Whether the device is "emu", whose kernels add up in float: on the CPU, PyTorch does in double."""
+    return request.node.callspec.params.get("device") == "emu"
 
 
 @pytest.fixture(autouse=True)
