@@ -37,11 +37,15 @@ def compiled_for(capability: tuple[int, int], archs: list[str]) -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@torch.compiler.assume_constant_result
 def runs_on_card(index: int) -> bool:
     """Whether the build has kernels for the CUDA device of this index."""
-    return CUDA and compiled_for(torch.cuda.get_device_capability(index), _CUDA_ARCHS)
+    return CUDA and compiled_for(_capability(index), _CUDA_ARCHS)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

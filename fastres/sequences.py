@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from fastres import _C, cases, inplace, recording, sites
 from fastres.convolution import compute_dtype, pair
@@ -90,7 +91,8 @@ class Forwards:
     def watch(self) -> None:
         """The model is from now on not to change."""
         weights = [module.weight for module in self.model.modules() if isinstance(module, nn.Conv2d)]
-        self._snapshot = Snapshot(self.model, filter(is_kept, weights))
+        cast = [tensor for module in self.model.modules() for tensor in _to_cast(module)]
+        self._snapshot = Snapshot(self.model, [*filter(is_kept, weights), *cast])
         self._by_kind = {}
 
     def of(self, input: Any) -> Forward | None:
@@ -148,6 +150,8 @@ class Forwards:
         if not watching.steps:
             return None
         _put_sequences(graph, watching.steps)
+        if torch.is_autocast_enabled("cpu"):
+            _put_casts(graph, self.model, compute_dtype(input))
         body = graph.python_code("self")
         return compiled(body.src, dict(body.globals), stock_class(self.model))
 
@@ -259,6 +263,41 @@ def _put_sequences(graph: fx.Graph, steps: dict[fx.Node, _Step]) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
+
+
+def _put_casts(graph: fx.Graph, model: nn.Module, dtype: torch.dtype) -> None:
+    """Have linear layers take their parameters as autocast would cast them at each call."""
+    for number, node in enumerate(list(graph.nodes)):
+        module = model.get_submodule(node.target) if node.op == "call_module" else None
+        if module is None or not _to_cast(module) or len(node.args) != 1 or node.kwargs:
+            continue
+        call = _cast_linear(module, dtype)
+        call.__name__ = f"linear_{number}"
+        with graph.inserting_after(node):
+            node.replace_all_uses_with(graph.call_function(call, node.args))
+        graph.erase_node(node)
+
+
+def _to_cast(module: nn.Module) -> list[Tensor]:
+    """The parameters of a linear layer, if autocast casts them and their changes are counted."""
+    if not untouched(module, nn.Linear):
+        return []
+    parameters = [tensor for tensor in (module.weight, module.bias) if tensor is not None]
+    fit = all(
+        type(t) is nn.Parameter and t.dtype == torch.float32 and not t.is_inference() for t in parameters
+    )
+    return parameters if fit else []
+
+
+def _cast_linear(module: nn.Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    with torch.no_grad():
+        weight = module.weight.to(dtype)
+        bias = None if module.bias is None else module.bias.to(dtype)
+
+    def linear(input: Tensor) -> Tensor:
+        return F.linear(input, weight, bias)
+
+    return linear
 
 
 def _sequences(graph: fx.Graph, steps: dict[fx.Node, _Step]) -> list[list[fx.Node]]:

@@ -202,7 +202,7 @@ def resident_mb() -> float:
 @pytest.mark.parametrize("train", [True, False], ids=["train", "infer"])
 def test_the_process_does_not_grow(train):
     """In 200 calls, of images whose size changes."""
-    model = fastres.models.resnet18(num_classes=10).to(memory_format=torch.channels_last)
+    model = fastres.models.cifar_resnet20().to(memory_format=torch.channels_last)
     if not train:
         model = fastres.optimize_for_inference(model)
     inputs = [torch.randn(2, 3, side, side) for side in range(33, 53)]

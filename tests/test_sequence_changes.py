@@ -228,6 +228,46 @@ def test_autocast(ran):
         check(model, input, ran, [19])
 
 
+def _halved(fc):
+    with torch.no_grad():
+        fc.weight.mul_(0.5)
+
+
+def _moved(fc):
+    fc.bias.data = fc.bias.data + 1
+
+
+def _replaced(fc):
+    fc.weight = nn.Parameter(fc.weight.detach() + 0.1)
+
+
+def _hooked(fc):
+    fc.register_forward_hook(lambda module, args, output: output + 1)
+
+
+@pytest.mark.skipif(not _C.convolves("bfloat16"), reason="the processor has no bf16 convolutions of ours")
+@pytest.mark.parametrize("change", [_halved, _moved, _replaced, _hooked])
+def test_a_linear_layer_is_cast_once(change, monkeypatch):
+    """And again after each change."""
+    input, model, casts = images(2, 64), small(), []
+    cast = sequences._cast_linear
+    monkeypatch.setattr(sequences, "_cast_linear", lambda *args: casts.append(args) or cast(*args))
+
+    def check():
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(3):
+                assert torch.equal(model(input), without_sequences(model, input))
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model = optimized(model, input)
+        check()
+        assert len(casts) == 1
+        before = model(input)
+        change(model.fc)
+        check()
+        assert len(casts) == (1 if change is _hooked else 2) and not torch.equal(model(input), before)
+
+
 @pytest.mark.parametrize("isa", _C.cpu_isas())
 def test_instruction_sets(isa, ran):
     used = _C.cpu_isa()
