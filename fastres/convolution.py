@@ -310,9 +310,8 @@ class _ConvBnAct(torch.autograd.Function):
         joins = relu and residual is not None
         ctx.meet = joining.nodes_that_meet(_ConvBnAct._backward_cls, input, residual) if joins else ()
         kept = recompute.keep_for_mask(ctx, output, residual, relu)
-        own_bias = kernels.kept_bias(bias)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(conv_output, kept, weight, own_bias, mean, rstd, input, conv_weight)
+        bias = kernels.kept_bias(bias)
+        ctx.save_for_backward(conv_output, kept, weight, bias, mean, rstd, input, conv_weight)
         return output
 
     @staticmethod
@@ -320,7 +319,7 @@ class _ConvBnAct(torch.autograd.Function):
         if grad is None:
             return None, joining.leave(ctx, joining.waiting_for(ctx)), *(None,) * 13
         saved = recompute.take(ctx)
-        _, _, weight, *_ = saved
+        _, _, weight, bias, *_ = saved
         differentiate = _differentiably if torch.is_grad_enabled() else _by_kernel
         grad_input, grad_conv_weight, grad_residual, grad_weight, grad_bias = differentiate(
             ctx, grad, *saved
@@ -336,7 +335,7 @@ class _ConvBnAct(torch.autograd.Function):
             None,
             None,
             grad_weight.to(weight.dtype) if needs_weight else None,
-            grad_bias.to(ctx.bias_dtype) if needs_bias else None,
+            grad_bias.to(bias.dtype) if needs_bias else None,
             *(None,) * 7,
         )
 

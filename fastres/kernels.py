@@ -115,7 +115,6 @@ class _BnAct(torch.autograd.Function):
         ctx.training = training
         kept = recompute.keep_for_mask(ctx, output, residual, rest[-1])
         ctx.save_for_backward(input, kept, weight, kept_bias(bias), mean, rstd)
-        ctx.bias_dtype = None if bias is None else bias.dtype
         return output
 
     @staticmethod
@@ -140,7 +139,7 @@ class _BnAct(torch.autograd.Function):
             None,
             None,
             grad_weight.to(weight.dtype) if needs_weight else None,
-            grad_bias.to(ctx.bias_dtype) if needs_bias else None,
+            grad_bias.to(bias.dtype) if needs_bias else None,
             *(None,) * 4,
         )
 

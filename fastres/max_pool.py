@@ -86,7 +86,6 @@ class _BnReluMaxPool(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.pool, ctx.training = pool, training
         ctx.save_for_backward(input, index, weight, kernels.kept_bias(bias), mean, rstd)
-        ctx.bias_dtype = None if bias is None else bias.dtype
         return output
 
     @staticmethod
@@ -113,7 +112,7 @@ class _BnReluMaxPool(torch.autograd.Function):
             None,
             None,
             grad_weight.to(weight.dtype) if needs_weight else None,
-            grad_bias.to(ctx.bias_dtype) if needs_bias else None,
+            grad_bias.to(bias.dtype) if needs_bias else None,
             *(None,) * 3,
         )
 

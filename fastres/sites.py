@@ -179,29 +179,27 @@ def conv_bn_act(
         output = activate(act, _sum(bn(conv(input)), residual, add), relu)
         return output if pool is None else pool(output)
     running_mean, running_var, training, momentum = _statistics(bn)
-    try:
-        return ops.conv_bn_act(
-            input,
-            conv.weight,
-            running_mean,
-            running_var,
-            bn.weight,
-            bn.bias,
-            residual,
-            conv.bias,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-            training,
-            momentum,
-            bn.eps,
-            relu,
-            windows,
-        )
-    except _REFUSED:
-        _uncount(bn)
-        raise
+    return _uncounted_if_refused(
+        bn,
+        ops.conv_bn_act,
+        input,
+        conv.weight,
+        running_mean,
+        running_var,
+        bn.weight,
+        bn.bias,
+        residual,
+        conv.bias,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        training,
+        momentum,
+        bn.eps,
+        relu,
+        windows,
+    )
 
 
 def bn_act(
@@ -288,15 +286,11 @@ def _windows(pool: nn.Module | None) -> MaxPool | None:
 def _fused_bn_act(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     running_mean, running_var, training, momentum = _statistics(bn)
     arguments = (running_mean, running_var, bn.weight, bn.bias, training, momentum, bn.eps)
-    try:
-        if not relu:
-            return _sum(ops.batch_norm(input, *arguments), residual)
-        if residual is None:
-            return ops.bn_relu(input, *arguments)
-        return ops.bn_add_relu(input, residual, *arguments)
-    except _REFUSED:
-        _uncount(bn)
-        raise
+    if not relu:
+        return _sum(_uncounted_if_refused(bn, ops.batch_norm, input, *arguments), residual)
+    if residual is None:
+        return _uncounted_if_refused(bn, ops.bn_relu, input, *arguments)
+    return _uncounted_if_refused(bn, ops.bn_add_relu, input, residual, *arguments)
 
 
 def _tell(listener, op, modules, residual, relu, reason, pool=None) -> None:
@@ -339,11 +333,11 @@ def _statistics(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, bool,
     return bn.running_mean, bn.running_var, True, momentum
 
 
-# By fastres, or by PyTorch; or there was no memory.
-_REFUSED = (ValueError, TypeError, RuntimeError, MemoryError)
-
-
-def _uncount(bn: nn.BatchNorm2d) -> None:
-    """Of a batch that was refused, before anything else of it was written."""
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.sub_(1)
+def _uncounted_if_refused(bn: nn.BatchNorm2d, op: Callable[..., Tensor], *arguments) -> Tensor:
+    """op(*arguments), which refuses a batch, if it does, before anything else of it is written."""
+    try:
+        return op(*arguments)
+    except (ValueError, TypeError, RuntimeError, MemoryError):
+        if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.sub_(1)
+        raise

@@ -34,6 +34,10 @@ class Spread:
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, low, high)
 
+    def includes(self, value: float) -> bool:
+        """Whether it lies between the quartiles."""
+        return self.low <= value <= self.high
+
 
 def interleave(
     variants: Mapping[str, Callable[[], object]],

@@ -498,3 +498,15 @@ def test_a_batch_that_stock_refuses_is_not_counted(change, layout):
         sites.conv_bn_act(conv, bn, None, input, relu=True)
     assert bn.num_batches_tracked == 0
     assert torch.equal(bn.running_mean, torch.zeros(64)) and torch.equal(bn.running_var, torch.ones(64))
+
+
+def test_a_batch_is_counted_whose_sum_is_refused():
+    """As in stock, where the batch norm has updated its statistics by then."""
+    stock, bn = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+    input, residual = torch.randn(4, 8, 6, 6), torch.randn(4, 8, 5, 5)
+    with pytest.raises(RuntimeError, match="must match"):
+        stock(input) + residual
+    with pytest.raises(RuntimeError, match="must match"):
+        sites.bn_act(bn, None, input, residual, relu=False)
+    assert bn.num_batches_tracked == stock.num_batches_tracked == 1
+    torch.testing.assert_close(bn.running_mean, stock.running_mean)

@@ -17,7 +17,7 @@ def advice(profile: Profile) -> list[str]:
     for against in profile.data["settings"]["against"]:
         speedup = profile.speedup(against)
         value, spread = speedup.median, f"({speedup.low:.2f}x to {speedup.high:.2f}x)"
-        if speedup.low <= 1 <= speedup.high:
+        if speedup.includes(1):
             sentences.append(f"Fused is as fast as {against}, within the noise {spread}.")
         elif value > 1:
             sentences.append(f"Fused is {value:.2f}x faster than {against} {spread}.")

@@ -76,7 +76,7 @@ def _headline(profile: Profile) -> str:
         times = f"{_ms(whole['fused'])} against {_ms(whole[against])} ms a step"
         speeds = f"{images / whole['fused']:.1f} against {images / whole[against]:.1f} images/s"
         verdict = f"{value:.2f}× {'faster' if faster else 'slower'}</b> than {escaped(against)}"
-        if low <= 1:
+        if spread.includes(1):
             verdict = f"As fast</b> as {escaped(against)}, within the noise: {value:.2f}×"
         parts.append(
             f"<div><b>{verdict}, {low:.2f} to {high:.2f}<br><small>{times}, {speeds}</small></div>"
@@ -129,7 +129,6 @@ _SORTED = ' aria-sort="descending"'
 
 def _cells(row: Row, directions: list[str]) -> str:
     fused, spread = row.seconds("fused"), Spread.of(row.by_round("fused"))
-    runs_stock = not row.data["fused"] and row.data["reason"]
     numbers = [
         *((row.seconds("fused", d) * 1e3, ".2f") for d in directions),
         (fused * 1e3, ".2f"),
@@ -146,9 +145,7 @@ def _cells(row: Row, directions: list[str]) -> str:
         numbers += [(row.saved_bytes(v) / 1e6, ".1f") for v in ("fused", "stock")]
     texts = [
         f'<td class="text">{escaped(row.block)}</td><td class="text">{escaped(row.name)}</td>',
-        f'<td class="text reason">stock: {escaped(row.data["reason"])}</td>'
-        if runs_stock
-        else f'<td class="text">{escaped(row.data["ran"])}</td>',
+        f'<td class="text{" reason" if row.data["reason"] else ""}">{escaped(row.ran)}</td>',
         f'<td class="text called">{escaped(", ".join(row.called("fused")))}</td>',
     ]
     cells = "".join(f'<td data-value="{value:.6g}">{value:{form}}</td>' for value, form in numbers)

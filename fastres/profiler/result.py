@@ -84,6 +84,11 @@ class Row:
         """Kept for the backward pass."""
         return self.data.get("saved_bytes", {}).get(variant, 0)
 
+    @property
+    def ran(self) -> str:
+        """The fused op; or that stock's layers did, and why."""
+        return f"stock: {self.data['reason']}" if self.data["reason"] else self.data["ran"]
+
     def called(self, variant: str) -> list[str]:
         """PyTorch's ops that took an op's time, forward before backward."""
         by_direction = self.data.get("called", {}).get(variant, {})

@@ -70,13 +70,7 @@ def _blocks(profile: Profile) -> Table:
 
 def _ops(profile: Profile) -> Table:
     rows = sorted(profile.rows, key=lambda row: -row.lost)
-    return _table(["block", "op", "ran"], [[row.block, row.name, _ran(row)] for row in rows], rows)
-
-
-def _ran(row: Row) -> str:
-    return (
-        row.data["ran"] if row.data["fused"] or not row.data["reason"] else f"stock: {row.data['reason']}"
-    )
+    return _table(["block", "op", "ran"], [[row.block, row.name, row.ran] for row in rows], rows)
 
 
 def _table(titles: list[str], texts: list[list[str]], rows: list[Row]) -> Table:
