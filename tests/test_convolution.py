@@ -84,6 +84,38 @@ def test_gradients_by_many_taps_are_as_accurate_as_stock(kernel, channels):
     assert not found, "\n".join(found)
 
 
+OF_IMAGES = [
+    Shape(2, 3, 64, (37, 42), (7, 7), (2, 2), (3, 3)),
+    Shape(5, 1, 20, (9, 40), (3, 3), (1, 1), (1, 1)),
+    Shape(1, 4, 130, (21, 18), (5, 2), (1, 3), (2, 0)),
+    Shape(3, 2, 33, (4, 3), (3, 5), (1, 2), (4, 7)),  # padding wider than the image
+    Shape(2, 4, 16, (12, 50), (1, 33), (1, 1), (0, 5)),  # 132 channels as one pixel
+    Shape(2, 3, 48, (20, 30), (3, 4), (2, 1), (1, 2), dilation=(2, 1)),
+]
+
+
+@pytest.mark.parametrize("shape", OF_IMAGES, ids=str)
+def test_few_channels(unit, shape):
+    """In channels_last memory, the gradient of the weight takes a row of the kernel as one pixel."""
+    input, weight, grad = shape.tensors(unit)
+    with poisoned():
+        values = ours(input, channels_last(weight), grad, shape)
+    found = failures(values, shape, unit, least_error=True)
+    assert not found, "\n".join(found)
+
+
+def test_few_channels_beside_others_that_are_not_finite(unit):
+    """What lies beside an image in memory takes no part."""
+    shape = OF_IMAGES[0]
+    input, weight, grad = shape.tensors(unit)
+    around = torch.full((input.numel() + 512,), torch.nan, dtype=unit)
+    inside = around[256:-256].view(input.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+    inside.copy_(input)
+    expected = ours(input, channels_last(weight), grad, shape)
+    for value, other in zip(ours(inside, channels_last(weight), grad, shape), expected, strict=True):
+        assert torch.equal(value, other)
+
+
 @pytest.mark.parametrize(
     "make", [lambda w: w.transpose(2, 3), lambda w: w.flip(0)[::2], lambda w: w[:1].expand(6, 5, 3, 3)]
 )

@@ -1,6 +1,7 @@
 """conv_bn_relu in training as one autograd node: values, derivatives, and the machinery of autograd."""
 
 import contextlib
+import functools
 import itertools
 
 import pytest
@@ -59,16 +60,21 @@ def test_few_channels_of_few_values(few_values, monkeypatch):
 
 
 def convolved(output: torch.Tensor) -> bool:
-    """Whether the convolution before a batch norm of ours is ours without its gradients."""
+    """Whether the convolution before a batch norm of ours is ours in one direction alone."""
     return type(output.grad_fn.next_functions[0][0]).__name__ == "_Conv2dBackward"
 
 
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
 @pytest.mark.parametrize("order", [1, 2], ids=["first", "second"])
-def test_of_images_the_gradients_alone_are_pytorchs(precision, order, monkeypatch):
+@pytest.mark.parametrize("matrices", [False, True])
+def test_of_images_one_direction_is_ours(precision, order, matrices, monkeypatch):
     monkeypatch.setattr(convolution, "_LEAST_CHANNELS", 32)
     monkeypatch.setattr(convolution, "_MANY_VALUES", 2**16)
-    monkeypatch.setattr(convolution, "_OF_MATRICES", None)
+    monkeypatch.setattr(convolution, "_is_of_matrices", lambda dtype: matrices)
+    called = []
+    for name in ("_forward", "_backward_weight"):
+        noted = functools.partial(call_noted, called, name, getattr(convolution, name))
+        monkeypatch.setattr(convolution, name, noted)
     case = Case(precision, channels=(3, 32), kernel=7, stride=2, image=(33, 31), residual=False)
     case.keep_off_the_kink()
     results, learned = [], ("input", "weight", "bn_weight", "bn_bias")
@@ -87,15 +93,13 @@ def test_of_images_the_gradients_alone_are_pytorchs(precision, order, monkeypatc
         results.append([output, *grads])
     for name, *tensors in zip(("output", *learned), *results, strict=False):
         assert_accurate(name, *tensors)
+    expected = "_backward_weight" if matrices else "_forward"
+    assert called == [expected] * precision.convolves
 
 
-def test_images_are_not_multiplied_as_matrices(monkeypatch):
-    monkeypatch.setattr(convolution, "_LEAST_CHANNELS", 32)
-    monkeypatch.setattr(convolution, "_MANY_VALUES", 2**16)
-    case = Case(channels=(3, 32), kernel=7, stride=2, image=(33, 31), residual=False)
-    for dtype in (torch.bfloat16, torch.float32):
-        monkeypatch.setattr(convolution, "_OF_MATRICES", (_C.cpu_isa(), dtype))
-        assert convolved(ops.conv_bn_relu(**case.leaves(), **case.by)) == (dtype != torch.float32)
+def call_noted(called, name, function, *arguments):
+    called.append(name)
+    return function(*arguments)
 
 
 def test_a_single_pixel_is_refused_as_by_stock():

@@ -29,9 +29,11 @@ class DirectLoop : WeightGradTasks {
 
     void run() const {
         // The rounding errors of bf16's sums are lost in that of the operands.
-        constexpr int64_t usual = 224;
-        const Boxes boxes(shape_.batch, shape_.out,
-                          args_.dtype == Dtype::bf16 ? usual : size_of_box(usual));
+        constexpr int64_t usual = 224, of_few_channels = 896;
+        const bool few = args_.input.pixel_stride != 0;
+        const Boxes boxes(
+            shape_.batch, shape_.out,
+            args_.dtype == Dtype::bf16 ? (few ? of_few_channels : usual) : size_of_box(usual));
         WeightGradTasks::run(
             boxes, words_of_operands(boxes.largest()),
             [&](const Boxes& boxes, Range range, const Chunk& chunk, float* words, float* sums) {
@@ -43,7 +45,8 @@ class DirectLoop : WeightGradTasks {
   private:
     static Conv2d flattened(Conv2d shape) {
         const bool pointwise = shape.kernel.h == 1 && shape.kernel.w == 1 && shape.stride.h == 1 &&
-                               shape.stride.w == 1 && shape.padding.h == 0 && shape.padding.w == 0;
+                               shape.stride.w == 1 && shape.padding.h == 0 && shape.padding.w == 0 &&
+                               shape.in.w == shape.out.w;
         if (pointwise) {
             shape.in = shape.out = {1, shape.batch * shape.in.h * shape.in.w};
             shape.batch = 1;
@@ -241,6 +244,11 @@ class DirectLoop : WeightGradTasks {
         pixels.columns = input_columns(box);
         pixels.first_channel = channels.begin;
         pixels.channels = channels.size();
+        // Whole vectors where there is more behind a pixel's channels than it has: what is made of that is
+        // not stored.
+        const int64_t lanes = kernels_.block / kernels_.vectors;
+        if (to.by_steps && args_.input.pixel_stride)
+            pixels.channels = ceil_div(pixels.channels, lanes) * lanes;
         const ImageRows rows{box.images, box.rows.begin * shape_.stride.h - shape_.padding.h, rows_of(box)};
         int64_t step = 0;
         visit_rows(args_.input, args_.dtype, shape_.in, shape_.in_channels, rows, pixels,
@@ -274,6 +282,11 @@ bool winograd_pays(const ConvBackwardWeight& args) {
 void conv_backward_weight(const ConvBackwardWeight& args, const ThreadPool& pool) {
     if (args.shape.groups > 1) return weight_grad_by_groups(args, pool);
     if (winograd_pays(args)) return weight_grad_by_winograd(args, pool);
+    if (is_of_images(args)) return weight_grad_of_images(args, pool);
+    weight_grad_directly(args, pool);
+}
+
+void weight_grad_directly(const ConvBackwardWeight& args, const ThreadPool& pool) {
     DirectLoop(args, nullptr, pool).run();
 }
 
