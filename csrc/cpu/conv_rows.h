@@ -42,14 +42,14 @@ template <class Load>
 void visit_rows(const ConvOperand& operand, Dtype dtype, Axes size, int64_t channels, const ImageRows& rows,
                 PixelRow pixels, const Load& load) {
     pixels.width = size.w;
-    pixels.pixel_stride = operand.pixel_stride ? operand.pixel_stride : channels;
+    pixels.pixel_stride = channels;
     pixels.prologue = operand.prologue;
     for (int64_t image = rows.images.begin; image < rows.images.end; ++image) {
         for (int64_t phase = 0; phase < rows.order.phases; ++phase) {
             for (int64_t i = phase; i < rows.order.span; i += rows.order.stride) {
                 const int64_t row = rows.first + i;
                 const bool inside = row >= 0 && row < size.h;
-                const int64_t element = (image * size.h + row) * size.w * pixels.pixel_stride;
+                const int64_t element = (image * size.h + row) * size.w * channels;
                 pixels.row = inside ? at(operand.data, element, dtype) : nullptr;
                 pixels.input = inside ? at(operand.bn_input, element, dtype) : nullptr;
                 load(pixels);

@@ -2,6 +2,7 @@
 // pixels.
 #include "cpu/conv_weight_grad.h"
 
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -15,25 +16,17 @@ class DirectLoop : WeightGradTasks {
   public:
     // `input_grad` is null, or it is given the boxes, too.
     DirectLoop(const ConvBackwardWeight& args, const InputGradByBox* input_grad, const ThreadPool& pool)
-        : WeightGradTasks(args, flattened(args.shape), args.shape.kernel.h * args.shape.kernel.w, pool),
-          rows_(kernels_.load_steps && shape_.in_channels >= kernels_.block ? RowsOf::out_channels
-                                                                            : RowsOf::in_channels),
-          row_width_(
-              std::min<int64_t>(kernels_.block, of_out() ? shape_.out_channels : shape_.in_channels)),
-          one_plane_(kernels_.pack == 1 && shape_.stride.w == 1 && shape_.kernel.w > 1 &&
-                     shape_.out.w >= kLeastColumns),
-          input_grad_(input_grad) {}
+        : DirectLoop(args, walked(args), input_grad, pool) {}
 
     // Whether a box is loaded once, for all channels.
     bool has_one_chunk() const { return chunks() == 1; }
 
     void run() const {
         // The rounding errors of bf16's sums are lost in that of the operands.
-        constexpr int64_t usual = 224, of_few_channels = 896;
-        const bool few = args_.input.pixel_stride != 0;
+        constexpr int64_t usual = 224, of_images = 896;
         const Boxes boxes(
             shape_.batch, shape_.out,
-            args_.dtype == Dtype::bf16 ? (few ? of_few_channels : usual) : size_of_box(usual));
+            args_.dtype == Dtype::bf16 ? (of_images_ ? of_images : usual) : size_of_box(usual));
         WeightGradTasks::run(
             boxes, words_of_operands(boxes.largest()),
             [&](const Boxes& boxes, Range range, const Chunk& chunk, float* words, float* sums) {
@@ -43,10 +36,41 @@ class DirectLoop : WeightGradTasks {
     }
 
   private:
-    static Conv2d flattened(Conv2d shape) {
+    DirectLoop(const ConvBackwardWeight& args, const Conv2d& shape, const InputGradByBox* input_grad,
+               const ThreadPool& pool)
+        : WeightGradTasks(args, shape, shape.kernel.h * shape.kernel.w, pool),
+          of_images_(shape.in_channels != args.shape.in_channels),
+          rows_(kernels_.load_steps && shape_.in_channels >= kernels_.block ? RowsOf::out_channels
+                                                                            : RowsOf::in_channels),
+          row_width_(
+              std::min<int64_t>(kernels_.block, of_out() ? shape_.out_channels : shape_.in_channels)),
+          one_plane_(kernels_.pack == 1 && shape_.stride.w == 1 && shape_.kernel.w > 1 &&
+                     shape_.out.w >= kLeastColumns),
+          input_grad_(input_grad) {}
+
+    // An image's few channels would leave most rows of a tile unused. But what a row of the kernel sees of
+    // it is one stretch of memory: taken as the channels of a single pixel, a 7x7 convolution of 3 channels
+    // is a 7x1 of 21, whose pixels overlap.
+    static bool is_of_images(const ConvBackwardWeight& args) {
+        constexpr int64_t most_channels = 4;
+        const Conv2d& shape = args.shape;
+        return shape.in_channels <= most_channels && shape.kernel.w > 1 && shape.dilation.w == 1 &&
+               args.input.prologue.kind == Prologue::none &&
+               // The columns' weights follow each other as the channels' do.
+               args.grad_weight.stride_w == shape.in_channels * args.grad_weight.stride_in;
+    }
+
+    // The convolution that the loops walk over.
+    static Conv2d walked(const ConvBackwardWeight& args) {
+        Conv2d shape = args.shape;
+        if (is_of_images(args)) {
+            shape.in_channels *= shape.kernel.w;
+            shape.kernel.w = 1;
+            shape.padding.w = 0;
+            return shape;
+        }
         const bool pointwise = shape.kernel.h == 1 && shape.kernel.w == 1 && shape.stride.h == 1 &&
-                               shape.stride.w == 1 && shape.padding.h == 0 && shape.padding.w == 0 &&
-                               shape.in.w == shape.out.w;
+                               shape.stride.w == 1 && shape.padding.h == 0 && shape.padding.w == 0;
         if (pointwise) {
             shape.in = shape.out = {1, shape.batch * shape.in.h * shape.in.w};
             shape.batch = 1;
@@ -238,17 +262,13 @@ class DirectLoop : WeightGradTasks {
 
     // What one column of the kernel sees, or all of them.
     void load_input(const Box& box, Range channels, int64_t kw, const Words& to) const {
+        if (of_images_) return load_images(box, channels, to);
         PixelRow pixels{};
         pixels.column = box.columns.begin * shape_.stride.w - shape_.padding.w + kw * shape_.dilation.w;
         pixels.column_step = shape_.stride.w;
         pixels.columns = input_columns(box);
         pixels.first_channel = channels.begin;
         pixels.channels = channels.size();
-        // Whole vectors where there is more behind a pixel's channels than it has: what is made of that is
-        // not stored.
-        const int64_t lanes = kernels_.block / kernels_.vectors;
-        if (to.by_steps && args_.input.pixel_stride)
-            pixels.channels = ceil_div(pixels.channels, lanes) * lanes;
         const ImageRows rows{box.images, box.rows.begin * shape_.stride.h - shape_.padding.h, rows_of(box)};
         int64_t step = 0;
         visit_rows(args_.input, args_.dtype, shape_.in, shape_.in_channels, rows, pixels,
@@ -259,6 +279,38 @@ class DirectLoop : WeightGradTasks {
                    });
     }
 
+    // The same of images, by way of a row with its padding.
+    void load_images(const Box& box, Range channels, const Words& to) const {
+        const Conv2d& image = args_.shape;
+        // What is loaded by steps is in whole vectors: what lies behind a pixel's channels is not stored.
+        const int64_t lanes = to.by_steps ? kernels_.block / kernels_.vectors : 1;
+        const int64_t value = size_of(args_.dtype), pixel = image.in_channels * value;
+        const int64_t columns = image.in.w + 2 * image.padding.w;
+        const int64_t bytes = columns * pixel + lanes * value;
+        static thread_local Workspace workspace;
+        char* padded =
+            reinterpret_cast<char*>(workspace.floats(ceil_div(bytes, static_cast<int64_t>(sizeof(float)))));
+        std::memset(padded, 0, bytes);
+        PixelRow pixels{};
+        pixels.column = box.columns.begin * image.stride.w;
+        pixels.column_step = image.stride.w;
+        pixels.columns = box.columns.size();
+        pixels.first_channel = channels.begin;
+        pixels.channels = ceil_div(channels.size(), lanes) * lanes;
+        const ImageRows rows{box.images, box.rows.begin * image.stride.h - image.padding.h, rows_of(box)};
+        int64_t step = 0;
+        visit_rows(args_.input, args_.dtype, image.in, image.in_channels, rows, pixels, [&](PixelRow row) {
+            if (row.row) {
+                std::memcpy(padded + image.padding.w * pixel, row.row, image.in.w * pixel);
+                row.row = padded;
+            }
+            row.width = columns;
+            load_row(row, to, to.data, step, Slots::kSize);
+            step += steps(row.columns);
+        });
+    }
+
+    const bool of_images_;  // a row of the kernel is walked over as a pixel
     const RowsOf rows_;
     const int64_t row_width_;  // channels of a block of rows
     // Whether the input is loaded once, and what a column of the kernel sees begins some pixels further on;
@@ -282,11 +334,6 @@ bool winograd_pays(const ConvBackwardWeight& args) {
 void conv_backward_weight(const ConvBackwardWeight& args, const ThreadPool& pool) {
     if (args.shape.groups > 1) return weight_grad_by_groups(args, pool);
     if (winograd_pays(args)) return weight_grad_by_winograd(args, pool);
-    if (is_of_images(args)) return weight_grad_of_images(args, pool);
-    weight_grad_directly(args, pool);
-}
-
-void weight_grad_directly(const ConvBackwardWeight& args, const ThreadPool& pool) {
     DirectLoop(args, nullptr, pool).run();
 }
 

@@ -91,7 +91,7 @@ class WeightGradTasks {
         add(args_.grad, shape_.out, shape_.out_channels, chunk.out_channels, {1, 1});
         // Where a stride skips pixels, most of that would be fetched in vain.
         if (shape_.stride.h > shape_.kernel.h || shape_.stride.w > shape_.kernel.w) return;
-        if (args_.input.pixel_stride) return;
+        if (shape_.in_channels != args_.shape.in_channels) return;
         add(args_.input, shape_.in, shape_.in_channels, chunk.in_channels, shape_.stride);
     }
 
@@ -163,11 +163,6 @@ class WeightGradTasks {
     int64_t in_chunks_ = 0, out_chunks_ = 0;
 };
 
-// See conv_weight_grad.cpp.
-void weight_grad_directly(const ConvBackwardWeight& args, const ThreadPool& pool);
-// Of images, whose channels are few: see conv_image_weight_grad.cpp.
-bool is_of_images(const ConvBackwardWeight& args);
-void weight_grad_of_images(const ConvBackwardWeight& args, const ThreadPool& pool);
 // Of more than one group: see conv_groups_weight_grad.cpp.
 void weight_grad_by_groups(const ConvBackwardWeight& args, const ThreadPool& pool);
 // See conv_winograd_weight_grad.cpp.

@@ -15,7 +15,6 @@ struct ConvOperand {
     const void* data;
     const void* bn_input;  // for Prologue::gradient
     PrologueCoefficients prologue;
-    int64_t pixel_stride = 0;  // elements from one pixel of a row to the next; 0: as many as channels
 };
 
 struct ConvForward {
