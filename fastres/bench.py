@@ -57,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode",
         choices=["train", "infer"],
         default="train",
-        help="train: forward, loss, backward, fused SGD with momentum; infer: forward, by "
-        "optimize_for_inference but with --contiguous (default: %(default)s)",
+        help="train: forward, loss, backward, SGD with momentum; infer: forward, by optimize_for_inference "
+        "but with --contiguous (default: %(default)s)",
     )
     add(
         "--against",
@@ -243,7 +243,7 @@ class Variant:
             model = self.model = optimize_for_inference(self.model, inplace=True)
         # So small that a batch seen many times is not learned by heart: its gradients would become denormal
         # numbers, which are slow.
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-5, momentum=0.9, fused=True)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-5, momentum=0.9)
         mode = _STOCK_VARIANTS.get(name)
         self.forward: Callable[[Tensor], Tensor] = torch.compile(model, mode=mode) if mode else model
         self._take_step = self._train if self.training else self._infer

@@ -57,7 +57,7 @@ def profile(
         input: what it takes: a tensor, a tuple of arguments, or a dict of keyword arguments; it should be
             channels_last, as in training.
         target: (N,) class indices for the cross entropy; by default drawn at random.
-        mode: "train": forward, cross entropy, backward, fused SGD with momentum. "infer": forward, by
+        mode: "train": forward, cross entropy, backward, SGD with momentum. "infer": forward, by
             `fastres.optimize_for_inference` where the input is channels_last.
         dtype: "fp32" or "bf16" (autocast), or the torch.dtype.
         against: "stock" and, for the whole step only, "compile": torch.compile of the stock model.
@@ -205,9 +205,7 @@ class _Subject:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if self.training and not parameters:
             raise ProfileError("no parameter of the model requires a gradient; profile it in mode 'infer'")
-        self.optimizer = None
-        if self.training:
-            self.optimizer = torch.optim.SGD(parameters, lr=1e-5, momentum=0.9, fused=True)
+        self.optimizer = torch.optim.SGD(parameters, lr=1e-5, momentum=0.9) if self.training else None
         self.forward: Callable[..., Any] = self.model
 
     @contextmanager
