@@ -262,7 +262,6 @@ class DirectLoop : WeightGradTasks {
 
     // What one column of the kernel sees, or all of them.
     void load_input(const Box& box, Range channels, int64_t kw, const Words& to) const {
-        if (of_images_) return load_images(box, channels, to);
         PixelRow pixels{};
         pixels.column = box.columns.begin * shape_.stride.w - shape_.padding.w + kw * shape_.dilation.w;
         pixels.column_step = shape_.stride.w;
@@ -271,43 +270,35 @@ class DirectLoop : WeightGradTasks {
         pixels.channels = channels.size();
         const ImageRows rows{box.images, box.rows.begin * shape_.stride.h - shape_.padding.h, rows_of(box)};
         int64_t step = 0;
-        visit_rows(args_.input, args_.dtype, shape_.in, shape_.in_channels, rows, pixels,
+        visit_rows(args_.input, args_.dtype, shape_.in, args_.shape.in_channels, rows, pixels,
                    [&](const PixelRow& row) {
                        // Full slots, without a gap: where runs begin depends on the kernel's row.
-                       load_row(row, to, to.data + kw * to.column, step, Slots::kSize);
+                       load_row(of_images_ ? padded(row, to.by_steps) : row, to, to.data + kw * to.column,
+                                step, Slots::kSize);
                        step += steps(row.columns);
                    });
     }
 
-    // The same of images, by way of a row with its padding.
-    void load_images(const Box& box, Range channels, const Words& to) const {
-        const Conv2d& image = args_.shape;
-        // What is loaded by steps is in whole vectors: what lies behind a pixel's channels is not stored.
-        const int64_t lanes = to.by_steps ? kernels_.block / kernels_.vectors : 1;
-        const int64_t value = size_of(args_.dtype), pixel = image.in_channels * value;
-        const int64_t columns = image.in.w + 2 * image.padding.w;
-        const int64_t bytes = columns * pixel + lanes * value;
+    // A row of an image with its padding. What is loaded by steps is in whole vectors: what they take of
+    // the values behind a pixel's channels is not stored.
+    PixelRow padded(PixelRow row, bool by_steps) const {
         static thread_local Workspace workspace;
-        char* padded =
-            reinterpret_cast<char*>(workspace.floats(ceil_div(bytes, static_cast<int64_t>(sizeof(float)))));
-        std::memset(padded, 0, bytes);
-        PixelRow pixels{};
-        pixels.column = box.columns.begin * image.stride.w;
-        pixels.column_step = image.stride.w;
-        pixels.columns = box.columns.size();
-        pixels.first_channel = channels.begin;
-        pixels.channels = ceil_div(channels.size(), lanes) * lanes;
-        const ImageRows rows{box.images, box.rows.begin * image.stride.h - image.padding.h, rows_of(box)};
-        int64_t step = 0;
-        visit_rows(args_.input, args_.dtype, image.in, image.in_channels, rows, pixels, [&](PixelRow row) {
-            if (row.row) {
-                std::memcpy(padded + image.padding.w * pixel, row.row, image.in.w * pixel);
-                row.row = padded;
-            }
-            row.width = columns;
-            load_row(row, to, to.data, step, Slots::kSize);
-            step += steps(row.columns);
-        });
+        const int64_t lanes = by_steps ? kernels_.block / kernels_.vectors : 1;
+        const int64_t value = size_of(args_.dtype), pixel = row.pixel_stride * value;
+        const int64_t beside = args_.shape.padding.w * pixel, inside = row.width * pixel;
+        const int64_t behind = beside + lanes * value;
+        if (row.row) {
+            const int64_t bytes = beside + inside + behind;
+            float* memory = workspace.floats(ceil_div(bytes, static_cast<int64_t>(sizeof(float))));
+            char* values = reinterpret_cast<char*>(memory);
+            std::memset(values, 0, beside);
+            std::memcpy(values + beside, row.row, inside);
+            std::memset(values + beside + inside, 0, behind);
+            row.row = values;
+        }
+        row.width += 2 * args_.shape.padding.w;
+        row.channels = ceil_div(row.channels, lanes) * lanes;
+        return row;
     }
 
     const bool of_images_;  // a row of the kernel is walked over as a pixel

@@ -91,6 +91,7 @@ class WeightGradTasks {
         add(args_.grad, shape_.out, shape_.out_channels, chunk.out_channels, {1, 1});
         // Where a stride skips pixels, most of that would be fetched in vain.
         if (shape_.stride.h > shape_.kernel.h || shape_.stride.w > shape_.kernel.w) return;
+        // Images are small beside the gradient.
         if (shape_.in_channels != args_.shape.in_channels) return;
         add(args_.input, shape_.in, shape_.in_channels, chunk.in_channels, shape_.stride);
     }
