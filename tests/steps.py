@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 DTYPE = torch.float64
 
@@ -92,3 +93,21 @@ def site(conv=None, bn=None):
     conv = nn.Conv2d(4, 6, **(conv or CONV_ARGUMENTS["3x3"]), dtype=DTYPE)
     bn = filled(nn.BatchNorm2d(6, **(bn or {}), dtype=DTYPE))
     return nn.ModuleList([conv, bn, nn.ReLU(inplace=True)])
+
+
+class Dispatched(TorchDispatchMode):
+    """The names of the ops that reach the kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def was_fused(call):
+    with Dispatched() as dispatched:
+        call()
+    return any(name.startswith("fastres::") for name in dispatched.names)
