@@ -98,7 +98,7 @@ def covered(
         return None
     if input.dim() != 4 or weight.dim() != 4:
         return None
-    by, dtype = _geometry(stride, padding, dilation), compute_dtype(input)
+    by, dtype = geometry_of(stride, padding, dilation), compute_dtype(input)
     if by is None:
         return None
     if not kernels.is_channels_last(input) or input.size(1) != groups * weight.size(1):
@@ -144,7 +144,7 @@ def _is_of_images(input: Tensor, weight: Tensor) -> bool:
     return input.size(1) <= _MOST_IMAGE_CHANNELS and weight.size(0) >= _LEAST_CHANNELS
 
 
-def _geometry(stride, padding, dilation) -> Geometry | None:
+def geometry_of(stride, padding, dilation) -> Geometry | None:
     """None where the padding is a name, or where F.conv2d would take offence."""
     pairs = [pair(value, least) for value, least in ((stride, 1), (padding, 0), (dilation, 1))]
     return None if None in pairs else Geometry(*pairs)
@@ -350,18 +350,36 @@ class _ConvBnAct(torch.autograd.Function):
         )
 
 
+def input_as_loaded(node, input: Tensor, conv_weight: Tensor) -> tuple[Tensor, tuple]:
+    """What the convolution's gradients load for its input, which `node` makes again where there is one.
+
+    Returns:
+        A tensor, and the batch norm and ReLU that the input is made of it by as it is loaded: weight, bias,
+        mean, rstd and whether there is a ReLU.
+    """
+    if node is None:
+        return input, _AS_IT_IS
+    if node.has_residual:
+        return recompute.output_of(node), _AS_IT_IS
+    conv_output, _, *norm = recompute.unpack(node)[:6]
+    return activation_as_loaded(conv_output, *norm, node.relu, conv_weight)
+
+
+_AS_IT_IS = (None, None, None, None, False)
+
+
+def activation_as_loaded(values: Tensor, weight, bias, mean, rstd, relu: bool, conv_weight: Tensor):
+    """input_as_loaded of an input that is act(batch_norm(values))."""
+    # A wide kernel loads each value several times. In float32 making it once is then the faster way: a
+    # step of ResNet-50 takes 0.95x the time, in bf16 1.03x.
+    if values.dtype == torch.float32 and conv_weight.size(3) > 1:
+        with torch._C._AutoDispatchBelowAutograd():
+            return recompute.bn_act_again(values, None, weight, bias, mean, rstd, relu), _AS_IT_IS
+    return values, (weight, bias, mean, rstd, relu)
+
+
 def _by_kernel(ctx, grad, conv_output, output, weight, bias, mean, rstd, input, conv_weight):
-    before = (None, None, None, None, False)
-    node = ctx.input_node
-    if node is not None:
-        # A wide kernel loads each value several times. In float32 making it once is then the faster way: a
-        # step of ResNet-50 takes 0.95x the time, in bf16 1.03x.
-        once = conv_output.dtype == torch.float32 and conv_weight.size(3) > 1
-        if node.has_residual or once:
-            input = recompute.output_of(node)
-        else:
-            input, _, *before = recompute.unpack(node)[:6]
-            before.append(node.relu)
+    input, before = input_as_loaded(ctx.input_node, input, conv_weight)
     grad = kernels.in_layout_of(grad, conv_output)
     add_to, needs_input = joining.waiting_for(ctx), ctx.needs_input_grad[1]
     with torch._C._AutoDispatchBelowAutograd():
@@ -392,7 +410,7 @@ def _by_kernel(ctx, grad, conv_output, output, weight, bias, mean, rstd, input, 
 def _differentiably(ctx, grad, conv_output, output, weight, bias, mean, rstd, input, conv_weight):
     """The same by PyTorch's ops, for a second derivative."""
     if ctx.input_node is not None:
-        input = _InPlaceOf.apply(input, recompute.output_of(ctx.input_node))
+        input = InPlaceOf.apply(input, recompute.output_of(ctx.input_node))
     cast_weight = conv_weight.to(input.dtype)
     groups = groups_of(input, cast_weight)
     conv_output = F.conv2d(input, cast_weight, None, *ctx.by, groups)
@@ -406,7 +424,7 @@ def _differentiably(ctx, grad, conv_output, output, weight, bias, mean, rstd, in
     return grad_input, grad_conv_weight.to(conv_weight.dtype), grad_residual, *grad_norm
 
 
-class _InPlaceOf(torch.autograd.Function):
+class InPlaceOf(torch.autograd.Function):
     """`values`, with the place that `stand_in` has in the graph."""
 
     @staticmethod

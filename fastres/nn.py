@@ -121,6 +121,9 @@ class ConvBn2d(nn.Sequential):
         return sites.conv_bn_act(conv, bn, None, input, relu=False)
 
 
+sites.register_container(ConvBn2d)
+
+
 class ConvBnReLU2d(ConvBn2d):
     """relu(batch_norm(conv2d(input))).
 
@@ -188,9 +191,8 @@ class BasicBlock(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else self.downsample(x)
-        out = sites.conv_bn_act(self.conv1, self.bn1, self.relu, x, relu=True)
-        return sites.conv_bn_act(self.conv2, self.bn2, self.relu, out, identity, relu=True)
+        branch = (self.conv1, self.bn1, self.relu), (self.conv2, self.bn2, self.relu)
+        return sites.residual_block(branch, self.downsample, x)
 
 
 class PlainBlock(BasicBlock):
@@ -251,7 +253,9 @@ class Bottleneck(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else self.downsample(x)
-        out = sites.conv_bn_act(self.conv1, self.bn1, self.relu, x, relu=True)
-        out = sites.conv_bn_act(self.conv2, self.bn2, self.relu, out, relu=True)
-        return sites.conv_bn_act(self.conv3, self.bn3, self.relu, out, identity, relu=True)
+        branch = (
+            (self.conv1, self.bn1, self.relu),
+            (self.conv2, self.bn2, self.relu),
+            (self.conv3, self.bn3, self.relu),
+        )
+        return sites.residual_block(branch, self.downsample, x)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastres import cases, composed, convolution, max_pool, tuning
+from fastres import cases, choice, composed, convolution, max_pool
 from fastres.kernels import bn_act, fragment, same_layout
-from fastres.packing import is_kept
 from fastres.recompute import call_without_keeping, call_without_keeping_values
 from fastres.recording import Record, current
 
@@ -282,10 +281,10 @@ def conv_bn_act(
     if at_once or (fits and training and conv_bias is None):
         geometry = (stride, padding, dilation, groups)
         others = conv_bias, channel_vectors, geometry, training, needs_grad
-        by = _for_ours(input, weight, residual, *others)
+        by = choice.for_ours(input, weight, residual, *others)
         if by is None and record is not None and input.dim() == 4:
             elsewhere = torch.empty_like(input, memory_format=torch.channels_last)
-            record.own_in_channels_last = _for_ours(elsewhere, weight, None, *others) is not None
+            record.own_in_channels_last = choice.for_ours(elsewhere, weight, None, *others) is not None
     if by is not None:
         if record is not None:
             record.convolved()
@@ -333,52 +332,10 @@ def conv_bn_act(
     )
 
 
-def _for_ours(
-    input, weight, residual, conv_bias, channel_vectors, geometry, training: bool, needs_grad: bool
-) -> convolution.Geometry | None:
-    """The geometry, if our convolution runs the layer and is the faster one: as measured, or by rule."""
-    if not torch.compiler.is_dynamo_compiling() and (
-        cases.is_traced() or cases.is_special(input, weight, residual, conv_bias, *channel_vectors)
-    ):
-        return None
-    by = convolution.covered(input, weight, residual, *geometry)
-    if by is None:
-        return None
-    dtype = convolution.compute_dtype(input)
-    if cases.why_not_channels(weight.size(0), dtype, input.device, *channel_vectors, conv_bias) is not None:
-        return None
-    faster = convolution.expected_faster(by, input, weight, needs_grad)
-    if torch.compiler.is_dynamo_compiling():
-        return by if faster else None
-    kept = not training and is_kept(weight)
-    if not training and not kept:
-        faster = faster and convolution.pays_packing(by, input, weight)
-    if tuning.knows():
-        layer = tuning.Layer(
-            training,
-            _name(dtype),
-            _name(weight.dtype),
-            tuple(input.shape),
-            tuple(weight.shape),
-            *by,
-            residual is not None,
-            needs_grad,
-            needs_grad and input.requires_grad,
-            kept,
-            torch.get_num_threads(),
-        )
-        faster = tuning.takes_ours(layer, faster)
-    return by if faster else None
-
-
 def _of_images(input, weight, *rest) -> Tensor | None:
     if cases.is_traced() or cases.is_special(input, weight):
         return None
     return convolution.of_images(input, weight, *rest)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _pays_folding(input: Tensor, weight: Tensor) -> bool:

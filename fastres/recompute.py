@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fastres import _C  # noqa: F401  registers the ops
 
-_bn_act_again = torch.ops.fastres.bn_act_again.default
+bn_act_again = torch.ops.fastres.bn_act_again.default
 _enabled = True
 # Of a sum that is made again, each reads two tensors and writes one.
 _MOST_PASSES = 6
@@ -44,18 +44,23 @@ def register_node(function: type[torch.autograd.Function]) -> None:
     _node_types.add(function._backward_cls)
 
 
-def keep_for_mask(node, output: Tensor, residual: Tensor | None, relu: bool) -> Tensor | None:
+def keep_for_mask(
+    node, output: Tensor, residual: Tensor | None, relu: bool, projection: slice | None = None
+) -> Tensor | None:
     """Which tensor the node keeps for the gradient of its ReLU, none where its mask can be made again.
 
     With a residual the mask is taken from the output. That is made again where the residual can be had from
-    the node whose output it is.
+    the node whose output it is; or from the node itself, which saves a batch norm's input, weight, bias,
+    mean and rstd in the places of `projection`.
     """
     node.relu, node.has_residual, node.around = relu, residual is not None, _hooks_around()
+    node.projection = projection if _enabled else None
     node.residual_node = None if residual is None else _source_of_residual(residual)
-    node.makes_output_again = residual is None or node.residual_node is not None
+    node.makes_output_again = not node.has_residual or bool(node.residual_node or node.projection)
     node.keeps_output, node.passes = relu and not node.makes_output_again, 0
     if not node.keeps_output:
-        node.passes = 1 + (0 if node.residual_node is None else node.residual_node.passes)
+        before = node.residual_node.passes if node.residual_node else 1 if node.projection else 0
+        node.passes = 1 + before
     node.unpacked = node.output_again = None
     return output if node.keeps_output else None
 
@@ -119,7 +124,10 @@ def output_of(node) -> Tensor:
         return again
     residual = None if node.residual_node is None else output_of(node.residual_node)
     with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
-        output = _bn_act_again(input, residual, weight, bias, mean, rstd, node.relu)
+        if node.projection is not None:
+            projected, *norm = unpack(node)[node.projection]
+            residual = bn_act_again(projected, None, *norm, False)
+        output = bn_act_again(input, residual, weight, bias, mean, rstd, node.relu)
     if node.relu and node.has_residual:  # the node itself asks next, for its mask
         node.output_again = output
     return output

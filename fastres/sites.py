@@ -8,7 +8,7 @@ have called it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,19 +16,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastres import ops
+from fastres import ops, residual_blocks
 from fastres.max_pool import MaxPool
 from fastres.recompute import call_without_keeping
 from fastres.recording import Reason, Record, begin, listening
+from fastres.residual_blocks import Block, Layer
 
-__all__ = ["add_act", "bn_act", "conv_bn_act", "stock", "why_not"]
+__all__ = ["add_act", "bn_act", "conv_bn_act", "residual_block", "stock", "why_not"]
 
 _CONV = (nn.Conv2d,)
 _BN_AFTER_CONV = (nn.BatchNorm2d,)
 _BN = (nn.BatchNorm2d, nn.BatchNorm1d, nn.BatchNorm3d)
 _ACT = (nn.ReLU,)
 _POOL = (nn.MaxPool2d,)
+_CONTAINERS = {nn.Sequential}
 _INPUT_DIMS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+
+
+def register_container(kind: type[nn.Module]) -> None:
+    """Of a class whose forward calls its modules one after the other, as nn.Sequential's does."""
+    _CONTAINERS.add(kind)
+
 
 Add = Callable[[Tensor, Tensor], Tensor]
 
@@ -103,6 +111,15 @@ def _why_not(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Reason | 
     kind = type(module)
     if kind not in kinds:
         return module, f"{kind.__name__} instead of {' or '.join(f'nn.{k.__name__}' for k in kinds)}"
+    if (reason := _why_called_otherwise(module)) is not None:
+        return reason
+    if kind is nn.Conv2d and module.padding_mode != "zeros":
+        return module, f"padding_mode {module.padding_mode!r} is set"
+    return None
+
+
+def _why_called_otherwise(module: nn.Module) -> Reason | None:
+    """Why calling `module` may be more, or something else, than its class's forward."""
     if module._forward_hooks or module._forward_pre_hooks:
         return module, f"a forward {'hook' if module._forward_hooks else 'pre-hook'} is set"
     if module._backward_hooks or module._backward_pre_hooks:
@@ -113,8 +130,6 @@ def _why_not(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Reason | 
         return module, "forward was replaced"
     if "_compiled_call_impl" in attributes and module._compiled_call_impl is not None:
         return module, "compile() was called"
-    if kind is nn.Conv2d and module.padding_mode != "zeros":
-        return module, f"padding_mode {module.padding_mode!r} is set"
     return None
 
 
@@ -178,7 +193,8 @@ def conv_bn_act(
     if reason is not None:
         output = activate(act, _sum(bn(conv(input)), residual, add), relu)
         return output if pool is None else pool(output)
-    running_mean, running_var, training, momentum = _statistics(bn)
+    running_mean, running_var, training = _statistics(bn)
+    momentum = _counted(bn)
     return _uncounted_if_refused(
         bn,
         ops.conv_bn_act,
@@ -266,6 +282,91 @@ def add_act(act: nn.Module | None, input: Tensor, other: Tensor, *, add: Add = t
     return ops.add_relu(input, other)
 
 
+def residual_block(
+    branch: Sequence[tuple[nn.Module, nn.Module, nn.Module | None]],
+    shortcut: nn.Module | None,
+    input: Tensor,
+    *,
+    shortcut_first: bool = False,
+    end: Callable[..., Tensor] = conv_bn_act,
+) -> Tensor:
+    """relu(F(input) + shortcut(input)), all of it at once in training where our convolutions run it.
+
+    Args:
+        branch: the layers of F, each of a convolution, a batch norm and the ReLU behind it, the last of
+            which follows the sum; at least two. As of :func:`conv_bn_act`.
+        shortcut: any module; None for the identity. A plain nn.Sequential of an nn.Conv2d and an
+            nn.BatchNorm2d is run together with the branch.
+        input: (N, C, H, W).
+        shortcut_first: whether the shortcut is called before the branch, not just before the sum.
+        end: runs the last layer where the layers run one by one.
+
+    Returns:
+        (N, C_out, H_out, W_out).
+    """
+    block = _as_one(branch, shortcut, input)
+    if block is not None:
+        return block
+    residual = shortcut(input) if shortcut is not None and shortcut_first else input
+    values = input
+    for conv, bn, act in branch[:-1]:
+        values = conv_bn_act(conv, bn, act, values, relu=True)
+    if shortcut is not None and not shortcut_first:
+        residual = shortcut(input)
+    return end(*branch[-1], values, residual, relu=True)
+
+
+def _as_one(branch, shortcut: nn.Module | None, input: Tensor) -> Tensor | None:
+    """None where the layers are to run one by one."""
+    if not isinstance(input, Tensor) or input.dim() != 4 or not torch.is_grad_enabled() or watched():
+        return None
+    layers = [(conv, bn) for conv, bn, _ in branch]
+    if shortcut is not None:
+        projection = _conv_and_bn(shortcut)
+        if projection is None:
+            return None
+        layers.append(projection)
+    for conv, bn in layers:
+        if (
+            _why_not(conv, _CONV)
+            or _why_not(bn, _BN_AFTER_CONV)
+            or conv.bias is not None
+            or not bn.training
+        ):
+            return None
+    if any(act is not None and _why_not(act, _ACT) for _, _, act in branch):
+        return None
+    bns = [bn for _, bn in layers]
+    if len(set(bns)) < len(bns):  # whose running statistics follow the order of the calls
+        return None
+    block = Block([_layer(*pair) for pair in layers], projected=shortcut is not None)
+    by = residual_blocks.fitting(block, input)
+    if by is None:
+        return None
+    momenta, ran = [_counted(bn) for bn in bns], []
+    try:
+        return residual_blocks.residual_block(block, by, momenta, ran, input)
+    except _REFUSALS:
+        for at, bn in enumerate(bns):
+            if at not in ran:
+                _uncount(bn)
+        raise
+
+
+def _layer(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Layer:
+    running_mean, running_var, _ = _statistics(bn)
+    geometry = conv.stride, conv.padding, conv.dilation, conv.groups
+    return Layer(conv.weight, running_mean, running_var, bn.weight, bn.bias, geometry, bn.eps)
+
+
+def _conv_and_bn(shortcut: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    """The two modules that calling a shortcut calls, if it does no more than that."""
+    kind = getattr(type(shortcut), "_stock_class", type(shortcut))
+    if kind not in _CONTAINERS or len(shortcut._modules) != 2 or _why_called_otherwise(shortcut):
+        return None
+    return tuple(shortcut._modules.values())
+
+
 def max_pool(pool: nn.Module, input: Tensor) -> Tensor:
     """pool(input), without keeping an input for backward that can be made again.
 
@@ -284,7 +385,8 @@ def _windows(pool: nn.Module | None) -> MaxPool | None:
 
 
 def _fused_bn_act(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    running_mean, running_var, training, momentum = _statistics(bn)
+    running_mean, running_var, training = _statistics(bn)
+    momentum = _counted(bn)
     arguments = (running_mean, running_var, bn.weight, bn.bias, training, momentum, bn.eps)
     if not relu:
         return _sum(_uncounted_if_refused(bn, ops.batch_norm, input, *arguments), residual)
@@ -314,30 +416,44 @@ def activate(act: nn.Module | None, output: Tensor, relu: bool) -> Tensor:
 # nn.BatchNorm2d.forward's rules
 
 
-def _statistics(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, bool, float]:
-    """running_mean, running_var, training and momentum, as bn(input) would give them to F.batch_norm.
+_REFUSALS = (ValueError, TypeError, RuntimeError, MemoryError)
+
+
+def _statistics(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, bool]:
+    """running_mean, running_var and training, as bn(input) would give them to F.batch_norm."""
+    if bn.training:
+        return (bn.running_mean, bn.running_var, True) if bn.track_running_stats else (None, None, True)
+    running_mean, running_var = bn.running_mean, bn.running_var
+    return running_mean, running_var, running_mean is None and running_var is None
+
+
+def _counts(bn: nn.BatchNorm2d) -> bool:
+    return bn.training and bn.track_running_stats and bn.num_batches_tracked is not None
+
+
+def _counted(bn: nn.BatchNorm2d) -> float:
+    """momentum, as bn(input) would give it to F.batch_norm.
 
     Counts the batch, as bn(input) does before that call: activation checkpointing, which ends a second
     forward within its last op, then counts as it does in stock PyTorch.
     """
     momentum = 0.0 if bn.momentum is None else bn.momentum
-    if not bn.training:
-        running_mean, running_var = bn.running_mean, bn.running_var
-        return running_mean, running_var, running_mean is None and running_var is None, momentum
-    if not bn.track_running_stats:
-        return None, None, True, momentum
-    if bn.num_batches_tracked is not None:
+    if _counts(bn):
         bn.num_batches_tracked.add_(1)
         if bn.momentum is None:  # the cumulative average
             momentum = 1.0 / float(bn.num_batches_tracked)
-    return bn.running_mean, bn.running_var, True, momentum
+    return momentum
+
+
+def _uncount(bn: nn.BatchNorm2d) -> None:
+    if _counts(bn):
+        bn.num_batches_tracked.sub_(1)
 
 
 def _uncounted_if_refused(bn: nn.BatchNorm2d, op: Callable[..., Tensor], *arguments) -> Tensor:
     """op(*arguments), which refuses a batch, if it does, before anything else of it is written."""
     try:
         return op(*arguments)
-    except (ValueError, TypeError, RuntimeError, MemoryError):
-        if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-            bn.num_batches_tracked.sub_(1)
+    except _REFUSALS:
+        _uncount(bn)
         raise

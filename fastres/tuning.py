@@ -122,6 +122,7 @@ class Table:
         self.path = path
         self._layers: dict[str, dict[Layer, Times]] = {}  # by machine: the instruction set may be changed
         self._written: dict[str, dict[str, Times]] = {}
+        self.added = 0
 
     def get(self, layer: Layer) -> Times | None:
         machine = _machine()
@@ -147,6 +148,7 @@ class Table:
         """In memory, and in the file together with what others wrote since."""
         machine = _machine()
         self._layers.setdefault(machine, {})[layer] = times
+        self.added += 1
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path.with_name(f".{self.path.name}.lock"), "a") as lock:
@@ -195,6 +197,11 @@ table = Table(cache_path("convolutions.json"))
 def knows() -> bool:
     """Whether there is anything to choose by but the rule."""
     return _forced.ours is not None or mode == "on" or (mode == "cached" and not table.is_empty())
+
+
+def state() -> tuple:
+    """Of which takes_ours is a function."""
+    return _forced.ours, mode, id(table), table.added
 
 
 def takes_ours(layer: Layer, by_rule: bool) -> bool:

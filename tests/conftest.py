@@ -17,7 +17,7 @@ from PIL import Image
 from torch import library
 from torch.utils.data import TensorDataset
 
-from fastres import _C, convolution, kernels, sequences, tuning
+from fastres import _C, convolution, kernels, residual_blocks, sequences, tuning
 from fastres.recompute import set_recompute
 from fastres.train import data as train_data
 
@@ -103,6 +103,12 @@ def few_values(monkeypatch):
     usual = kernels.few_values
     monkeypatch.setattr(kernels, "few_values", 0)
     return usual
+
+
+@pytest.fixture(autouse=True)
+def _no_known_blocks(monkeypatch):
+    """What holds for a block is found out anew by each test, which may change what it depends on."""
+    monkeypatch.setattr(residual_blocks, "_known", {})
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,316 @@
+"""A residual block as one autograd node, where the CPU has kernels for all of its convolutions.
+
+The kernels are those of its layers one by one (fastres.convolution). What is spared is what lies between
+them: of three or four nodes, each with its decisions, the memory that it keeps and its way through
+autograd, there is one; and the gradients of the block's input meet within it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastres import cases, choice, convolution, kernels, recompute
+from fastres.convolution import Geometry, activation_as_loaded, groups_of, input_as_loaded
+
+_forward = torch.ops.fastres.conv_bn_act_forward.default
+_backward = torch.ops.fastres.conv_bn_act_backward.default
+
+
+class Layer(NamedTuple):
+    """A convolution without bias, and the batch norm behind it, in training."""
+
+    conv_weight: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    geometry: tuple  # stride, padding, dilation, groups, as of F.conv2d
+    eps: float
+
+    @property
+    def channel_vectors(self) -> tuple[Tensor | None, ...]:
+        return self.running_mean, self.running_var, self.weight, self.bias
+
+    @property
+    def learned(self) -> tuple[Tensor | None, ...]:
+        return self.conv_weight, self.weight, self.bias
+
+
+class Block(NamedTuple):
+    """relu(F(x) + shortcut(x)).
+
+    Attributes:
+        layers: those of F, two or more, with a ReLU between each and the next; then the projection.
+        projected: whether there is a projection; if not, the shortcut is the identity.
+    """
+
+    layers: list[Layer]
+    projected: bool
+
+    @property
+    def last(self) -> int:
+        """The number of the last layer of F."""
+        return len(self.layers) - 1 - self.projected
+
+
+# ---------------------------------------------------------------------------------------------------------
+# which blocks
+
+
+_known: dict[tuple, bool] = {}
+_MOST_KNOWN = 1024
+
+
+def fitting(block: Block, input: Tensor) -> tuple[Geometry, ...] | None:
+    """The layers' geometries, if our convolutions run all of them on this input and are the faster ones."""
+    tensors = [tensor for layer in block.layers for tensor in (layer.conv_weight, *layer.channel_vectors)]
+    if not input.is_cpu or not kernels.is_channels_last(input) or torch.compiler.is_dynamo_compiling():
+        return None
+    dtype = convolution.compute_dtype(input)
+    if input.dtype != dtype or cases.is_traced() or cases.is_special(input, *tensors):
+        return None
+    by = tuple(convolution.geometry_of(*layer.geometry[:3]) for layer in block.layers)
+    if None in by:
+        return None
+    weights = []
+    for layer in block.layers:
+        weight, vectors = layer.conv_weight, layer.channel_vectors
+        if cases.why_pytorch_refuses(*vectors[:2], True, 0.0, layer.eps) is not None:
+            return None
+        if cases.why_not_channels(weight.size(0), dtype, input.device, *vectors) is not None:
+            return None
+        weights.append((weight.shape, weight.dtype, weight.device, layer.geometry[3]))
+    autocast, needs_grad = torch.is_autocast_enabled("cpu"), input.requires_grad
+    kind = input.shape, dtype, autocast, needs_grad, block.projected, by, *weights, choice.state()
+    if kind not in _known:
+        if len(_known) == _MOST_KNOWN:
+            _known.clear()
+        _known[kind] = _fits(block, input)
+    return by if _known[kind] else None
+
+
+def _fits(block: Block, input: Tensor) -> bool:
+    """Asks of each layer, of empty values in the place of those that will flow between them."""
+    values, sum = input, None
+    for at, layer in enumerate(block.layers):
+        source = values if at <= block.last else input
+        by = convolution.covered(source, layer.conv_weight, None, *layer.geometry)
+        if by is None:
+            return False
+        size = by.output_size(source, layer.conv_weight)
+        values = torch.empty(size, dtype=input.dtype, memory_format=torch.channels_last, requires_grad=True)
+        rest = None, layer.channel_vectors, layer.geometry, True, True
+        residual = values if at == block.last else None
+        if choice.for_ours(source, layer.conv_weight, residual, *rest) is None:
+            return False
+        sum = residual if at == block.last else sum
+    return (values if block.projected else input).shape == sum.shape
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the node
+
+
+class _Norm(NamedTuple):
+    """What a layer's batch norm saves."""
+
+    conv_output: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    rstd: Tensor
+
+
+class _ResidualBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input_node, input, block, by, momenta, ran, *learned):
+        """`learned` are Layer.learned of each layer."""
+        norms: dict[int, _Norm] = {}
+
+        def run(at: int, values: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+            layer = block.layers[at]
+            rest = *by[at], momenta[at], layer.eps, relu
+            output, conv_output, mean, rstd = _forward(
+                values, layer.conv_weight, residual, *layer.channel_vectors, *rest
+            )
+            ran.append(at)
+            norms[at] = _Norm(conv_output, layer.weight, kernels.kept_bias(layer.bias), mean, rstd)
+            return output
+
+        last, values, residual = block.last, input, input
+        with torch._C._AutoDispatchBelowAutograd():
+            for at in range(last):
+                values = run(at, values, None, relu=True)
+            if block.projected:
+                residual = run(last + 1, input, None, relu=False)
+            output = run(last, values, residual, relu=True)
+        ctx.set_materialize_grads(False)
+        ctx.last, ctx.projected, ctx.input_node = last, block.projected, input_node
+        ctx.by, ctx.eps = by, [layer.eps for layer in block.layers]
+        ctx.biases = [layer.bias for layer in block.layers]  # the values that count are saved, as copies
+        # The last layer's come first, as recompute.output_of unpacks them; a projection's are at the end.
+        conv_output, *rest = norms.pop(last)
+        others = [tensor for at in sorted(norms) for tensor in norms[at]]
+        begin = 6 + len(others) - len(_Norm._fields)
+        projection = slice(begin, begin + len(_Norm._fields)) if block.projected else None
+        mask = recompute.keep_for_mask(ctx, output, residual, True, projection)
+        conv_weights = [layer.conv_weight for layer in block.layers]
+        ctx.save_for_backward(conv_output, mask, *rest, *others, input, *conv_weights)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        saved = _Saved.of(ctx, recompute.take(ctx))
+        differentiate = _differentiably if torch.is_grad_enabled() else _by_kernel
+        grad_input, *grads = differentiate(ctx, grad, saved)
+        return None, grad_input, None, None, None, None, *grads
+
+
+recompute.register_node(_ResidualBlock)
+
+
+class _Saved(NamedTuple):
+    """What a node saved: of each layer, in the order of Block.layers, and the block's own."""
+
+    norms: list[_Norm]
+    conv_weights: list[Tensor]
+    output: Tensor
+    input: Tensor
+
+    def learned(self) -> list[tuple[Tensor | None, ...]]:
+        """Layer.learned of each."""
+        pairs = zip(self.norms, self.conv_weights, strict=True)
+        return [(conv_weight, norm.weight, norm.bias) for norm, conv_weight in pairs]
+
+    @classmethod
+    def of(cls, ctx, saved: tuple) -> _Saved:
+        conv_output, output, *rest = saved
+        size, layers = len(_Norm._fields), len(ctx.by)
+        kept = [conv_output, *rest[: size * layers - 1]]
+        norms = [_Norm(*kept[size * i : size * (i + 1)]) for i in range(layers)]
+        norms.insert(ctx.last, norms.pop(0))
+        input, *conv_weights = rest[size * layers - 1 :]
+        return cls(norms, conv_weights, output, input)
+
+
+def _by_kernel(ctx, grad: Tensor, saved: _Saved) -> list[Tensor | None]:
+    """The gradients of the input and of what was learned."""
+    _, needs_input, _, _, _, _, *needs = ctx.needs_input_grad
+    needs = [needs[i : i + 3] for i in range(0, len(needs), 3)]
+    last, grads = ctx.last, [(None, None, None)] * len(needs)
+
+    def through(at: int, grad: Tensor, needs_source: bool, add_to: Tensor | None = None):
+        """The gradient of what the layer takes, and of what is added to it; its own go into `grads`."""
+        (conv_output, *norm), conv_weight = saved.norms[at], saved.conv_weights[at]
+        if 0 < at <= last:
+            source, before = activation_as_loaded(*saved.norms[at - 1], True, conv_weight)
+        else:
+            source, before = input_as_loaded(ctx.input_node, saved.input, conv_weight)
+        with torch._C._AutoDispatchBelowAutograd():
+            grad_source, grad_conv_weight, grad_residual, *of_norm = _backward(
+                grad,
+                conv_output,
+                saved.output if at == last else None,
+                *norm,
+                at <= last,
+                source,
+                *before,
+                conv_weight,
+                *ctx.by[at],
+                add_to,
+                needs_source,
+                needs[at][0],
+            )
+        grads[at] = grad_conv_weight, *of_norm
+        return grad_source if add_to is None else add_to, grad_residual
+
+    # Whether what each layer of the branch takes needs a gradient.
+    passes_on = [needs_input]
+    for at in range(last):
+        passes_on.append(passes_on[at] or any(needs[at]))
+    grad, of_shortcut = through(last, kernels.in_layout_of(grad, saved.output), passes_on[last])
+    if ctx.projected and (needs_input or any(needs[-1])):
+        of_shortcut, _ = through(last + 1, of_shortcut, needs_input)
+    for at in reversed(range(last)):
+        if passes_on[at + 1]:
+            add_to = of_shortcut if at == 0 and needs_input else None
+            grad, _ = through(at, grad, passes_on[at], add_to)
+    return [
+        grad if needs_input else None,
+        *(
+            gradient.to(tensor.dtype) if needed else None
+            for of_layer in zip(grads, saved.learned(), needs, strict=True)
+            for gradient, tensor, needed in zip(*of_layer, strict=True)
+        ),
+    ]
+
+
+def _differentiably(ctx, grad: Tensor, saved: _Saved) -> list[Tensor | None]:
+    """The same by PyTorch's ops, for a second derivative."""
+    _, needs_input, _, _, _, _, *needs = ctx.needs_input_grad
+    input, last = saved.input, ctx.last
+    if ctx.input_node is not None:
+        input = convolution.InPlaceOf.apply(input, recompute.output_of(ctx.input_node))
+    wanted: list[Tensor] = []
+
+    def alias(tensor: Tensor | None, needed: bool) -> Tensor | None:
+        # So that only the block is differentiated, and not what its arguments were made of.
+        if not needed:
+            return tensor if tensor is None else tensor.detach()
+        wanted.append(tensor.view_as(tensor))
+        return wanted[-1]
+
+    with torch.enable_grad():
+        input = alias(input, needs_input)
+        learned, needed = [], iter(needs)
+        for (*weights, kept_bias), bias in zip(saved.learned(), ctx.biases, strict=True):
+            bias = None if bias is None else convolution.InPlaceOf.apply(bias, kept_bias)
+            learned.append([alias(tensor, next(needed)) for tensor in (*weights, bias)])
+
+        def layer(at: int, values: Tensor) -> Tensor:
+            conv_weight, *factors = learned[at]
+            conv_weight = conv_weight.to(values.dtype)
+            groups = groups_of(values, conv_weight)
+            output = F.conv2d(values, conv_weight, None, *ctx.by[at], groups)
+            return F.batch_norm(output, None, None, *factors, training=True, eps=ctx.eps[at])
+
+        values = input
+        for at in range(last):
+            values = torch.relu(layer(at, values))
+        addends = [layer(last, values)]
+        if ctx.projected:
+            addends.append(layer(last + 1, input))
+        elif needs_input:
+            addends.append(input)
+        grad = torch.where(saved.output <= 0, 0, grad.to(input.dtype))
+        addends = [addend for addend in addends if addend.requires_grad]
+        made = torch.autograd.grad(
+            addends, wanted, [grad] * len(addends), create_graph=True, allow_unused=True
+        )
+    made = iter(made)
+    grad_input = next(made) if needs_input else None
+    return [grad_input, *(next(made) if n else None for n in needs)]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the call
+
+
+def residual_block(block: Block, by, momenta: list[float], ran: list[int], input: Tensor) -> Tensor:
+    """relu(F(input) + shortcut(input)), as one node.
+
+    Args:
+        block, input: which fitting() found fit.
+        by: what it gave.
+        momenta: of each layer's batch norm, the share of the batch in its running statistics.
+        ran: takes the number of each layer as that has updated them.
+    """
+    learned = [tensor for layer in block.layers for tensor in layer.learned]
+    rest = block, by, momenta, ran, *learned
+    return recompute.call_without_keeping_values(_ResidualBlock.apply, input, *rest)
