@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastres.block_patterns import join_blocks
 from fastres.generated import compiled
 from fastres.patterns import Chain, containers_to_inline, find_chains, rewrite
 from fastres.trace import Trace, check_class, trace
@@ -205,10 +206,10 @@ def _fused_class(module: nn.Module, variants: list[Variant]) -> type[nn.Module]:
         "its class has another forward than when fuse() ran",
         (("_cls", cls), ("_stock", cls.forward)),
     )
-    guards = [
-        [own, *variant.traced.guards, *rewrite(variant.traced, variant.chains, variant.inlined)]
-        for variant in variants
-    ]
+    guards = []
+    for variant in variants:
+        needed = rewrite(variant.traced, variant.chains, variant.inlined)
+        guards.append([own, *variant.traced.guards, *needed, *join_blocks(variant.traced)])
     bodies = [variant.traced.graph.python_code("self") for variant in variants]
     constants = {name: value for guard in sum(guards, []) for name, value in guard.constants}
     defaults = variants[0].traced.defaults

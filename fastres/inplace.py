@@ -7,12 +7,15 @@ the same.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from fastres import sites
 
-__all__ = ["add_act", "bn_act", "conv_bn_act"]
+__all__ = ["add_act", "bn_act", "conv_bn_act", "residual_block"]
 
 
 def conv_bn_act(
@@ -35,6 +38,19 @@ def conv_bn_act(
     if residual.dtype is dtype:
         return sites.conv_bn_act(conv, bn, act, input, residual, relu=relu, add=add)
     return sites.activate(act, add(sites.conv_bn_act(conv, bn, None, input, relu=False), residual), relu)
+
+
+def residual_block(
+    branch: Sequence[tuple[nn.Module, nn.Module, nn.Module | None]],
+    shortcut: nn.Module | None,
+    input: Tensor,
+    *,
+    shortcut_first: bool,
+    into_residual: bool,
+) -> Tensor:
+    """`sites.residual_block` of such a sum. What runs all at once has but one dtype."""
+    end = functools.partial(conv_bn_act, into_residual=into_residual)
+    return sites.residual_block(branch, shortcut, input, shortcut_first=shortcut_first, end=end)
 
 
 def bn_act(

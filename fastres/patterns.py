@@ -243,19 +243,8 @@ def rewrite(traced: Trace, chains: list[Chain], inlined: frozenset[nn.Module]) -
     replaced: dict[fx.Node, fx.Node] = {}
 
     def need_untouched(path: str) -> None:
-        cls = stock_class(traced.module.get_submodule(path))
-        name = f"_class_{id(cls)}"  # a path may have characters that a name may not
-        code = f"_untouched({module_code(path)}, {name})"
-
-        def why(module: nn.Module) -> Reason:
-            child = module.get_submodule(path)
-            replaced = stock_class(child) is not cls
-            return (
-                child,
-                f"{type(child).__name__} instead of {cls.__name__}" if replaced else "a hook is set",
-            )
-
-        guards.setdefault(code, Guard(code, why, (("_untouched", untouched), (name, cls))))
+        guard = untouched_guard(traced.module, path)
+        guards.setdefault(guard.code, guard)
 
     def need_fusible(paths: list[str]) -> None:
         code = f"_why_not({', '.join(map(module_code, paths))}) is None"
@@ -279,6 +268,20 @@ def rewrite(traced: Trace, chains: list[Chain], inlined: frozenset[nn.Module]) -
         if traced.calls(node, nn.MaxPool2d) and node.args[0] in replaced.values():
             _take_pool(traced.graph, node, node.args[0])
     return list(guards.values())
+
+
+def untouched_guard(module: nn.Module, path: str) -> Guard:
+    """That the submodule at `path` is called as its class has it."""
+    cls = stock_class(module.get_submodule(path))
+    name = f"_class_{id(cls)}"  # a path may have characters that a name may not
+
+    def why(module: nn.Module) -> Reason:
+        child = module.get_submodule(path)
+        replaced = stock_class(child) is not cls
+        return child, f"{type(child).__name__} instead of {cls.__name__}" if replaced else "a hook is set"
+
+    code = f"_untouched({module_code(path)}, {name})"
+    return Guard(code, why, (("_untouched", untouched), (name, cls)))
 
 
 def _take_pool(graph: fx.Graph, node: fx.Node, chain: fx.Node) -> None:

@@ -1,0 +1,114 @@
+"""Finding residual blocks among the calls of a rewritten forward, to run each as one call.
+
+A block is a run of `sites.conv_bn_act`, the last of which adds what the first one took, as it is or as a
+shortcut gives it. Nothing is moved: but for the shortcut's call and those of nn.Identity, which are left
+out, no other lies between them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from fastres import inplace, sites
+from fastres.aliasing import used_once
+from fastres.patterns import untouched_guard
+from fastres.trace import Trace
+from fastres.watch import Guard
+
+
+@dataclass
+class _Block:
+    """Nodes that one call of `residual_block` replaces.
+
+    Attributes:
+        layers: the calls of sites, in order.
+        shortcut: the call of the shortcut; None for the identity.
+        identities: calls of nn.Identity between them.
+    """
+
+    layers: list[fx.Node]
+    shortcut: fx.Node | None
+    identities: list[fx.Node]
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """In the order of the graph."""
+        return sorted(filter(None, (*self.layers, self.shortcut, *self.identities)))
+
+
+def join_blocks(traced: Trace) -> list[Guard]:
+    """Replace the calls of each residual block of a rewritten graph by one.
+
+    Returns:
+        The guards that the graph needs then, of calls of nn.Identity that are left out.
+    """
+    guards = []
+    for node in reversed(list(traced.graph.nodes)):
+        block = _block_that_ends_in(traced, node)
+        if block is not None:
+            guards += [untouched_guard(traced.module, identity.target) for identity in block.identities]
+            _replace(traced.graph, block)
+    return guards
+
+
+def _block_that_ends_in(traced: Trace, node: fx.Node) -> _Block | None:
+    if node.target not in (sites.conv_bn_act, inplace.conv_bn_act) or not _is_plain(node, adds=True):
+        return None
+    *_, input, residual = node.args
+    source = residual.args[0] if _is_shortcut(traced, residual) else residual
+    block = _Block([node], None if source is residual else residual, [])
+    while input is not source:
+        if traced.calls(input, nn.Identity) and used_once(input):
+            block.identities.append(input)
+            input = input.args[0]
+        elif input.target is sites.conv_bn_act and used_once(input) and _is_plain(input, adds=False):
+            block.layers.insert(0, input)
+            input = input.args[3]
+        else:
+            return None
+    fits = len(block.layers) > 1 and _follow_each_other(block.nodes) and _shortcut_is_at_an_end(block)
+    return block if fits else None
+
+
+def _is_plain(call: fx.Node, adds: bool) -> bool:
+    """Whether a site ends in a ReLU and no pool, and has a sum or not."""
+    return call.kwargs["relu"] and "pool" not in call.kwargs and (call.args[4] is not None) == adds
+
+
+def _is_shortcut(traced: Trace, node: fx.Node) -> bool:
+    """Whether the node calls a module, on one value and for this sum alone."""
+    one = len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node)
+    return node.op == "call_module" and one and used_once(node)
+
+
+def _follow_each_other(nodes: list[fx.Node]) -> bool:
+    between = nodes[0].next
+    for node in nodes[1:]:
+        while between.op == "get_attr":
+            between = between.next
+        if between is not node:
+            return False
+        between = between.next
+    return True
+
+
+def _shortcut_is_at_an_end(block: _Block) -> bool:
+    """Whether the shortcut's call comes before the branch, or just before its last layer."""
+    calls = [node for node in block.nodes if node not in block.identities]
+    return block.shortcut is None or block.shortcut in (calls[0], calls[-2])
+
+
+def _replace(graph: fx.Graph, block: _Block) -> None:
+    *_, last = nodes = block.nodes
+    branch = [layer.args[:3] for layer in block.layers]
+    options = {"shortcut_first": block.shortcut is not None and nodes[0] is block.shortcut}
+    options |= {key: value for key, value in last.kwargs.items() if key == "into_residual"}
+    call = (inplace if last.target is inplace.conv_bn_act else sites).residual_block
+    with graph.inserting_before(last):
+        shortcut = block.shortcut and graph.create_node("get_attr", block.shortcut.target)
+        joined = graph.call_function(call, (branch, shortcut, block.layers[0].args[3]), options)
+    last.replace_all_uses_with(joined)
+    for node in reversed(nodes):
+        graph.erase_node(node)
