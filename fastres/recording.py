@@ -27,6 +27,8 @@ class Record:
         reason: why not, if not.
         own_convolution: whether its convolution was fastres's, not PyTorch's.
         own_in_channels_last: whether it would have been, had its input been in channels_last memory.
+        at_backward: called as the gradients of a layer begin that is in one autograd node with others; the
+            listener sets it.
     """
 
     modules: tuple[nn.Module, ...]
@@ -35,6 +37,7 @@ class Record:
     reason: Reason | None
     own_convolution: bool = False
     own_in_channels_last: bool = False
+    at_backward: Callable[[], object] | None = None
 
     def composed(self, reason: str) -> None:
         """Note that no kernel ran the fused op."""

@@ -7,6 +7,7 @@ autograd, there is one; and the gradients of the block's input meet within it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,9 +16,14 @@ from torch.nn import functional as F
 
 from fastres import cases, choice, convolution, kernels, recompute
 from fastres.convolution import Geometry, activation_as_loaded, groups_of, input_as_loaded
+from fastres.recording import Record
 
 _forward = torch.ops.fastres.conv_bn_act_forward.default
 _backward = torch.ops.fastres.conv_bn_act_backward.default
+
+
+# Gives the share of the batch in a layer's running statistics; and who is told of the layer, if anybody is.
+Begin = Callable[[int], tuple[float, Record | None]]
 
 
 class Layer(NamedTuple):
@@ -127,36 +133,35 @@ class _Norm(NamedTuple):
 
 class _ResidualBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input_node, input, block, by, momenta, ran, *learned):
+    def forward(ctx, input_node, input, block, by, begin, *learned):
         """`learned` are Layer.learned of each layer."""
         norms: dict[int, _Norm] = {}
+        records: dict[int, Record | None] = {}
 
         def run(at: int, values: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
             layer = block.layers[at]
-            rest = *by[at], momenta[at], layer.eps, relu
-            output, conv_output, mean, rstd = _forward(
-                values, layer.conv_weight, residual, *layer.channel_vectors, *rest
-            )
-            ran.append(at)
+            momentum, records[at] = begin(at)
+            rest = *layer.channel_vectors, *by[at], momentum, layer.eps, relu
+            with torch._C._AutoDispatchBelowAutograd():
+                output, conv_output, mean, rstd = _forward(values, layer.conv_weight, residual, *rest)
             norms[at] = _Norm(conv_output, layer.weight, kernels.kept_bias(layer.bias), mean, rstd)
             return output
 
         last, values, residual = block.last, input, input
-        with torch._C._AutoDispatchBelowAutograd():
-            for at in range(last):
-                values = run(at, values, None, relu=True)
-            if block.projected:
-                residual = run(last + 1, input, None, relu=False)
-            output = run(last, values, residual, relu=True)
+        for at in range(last):
+            values = run(at, values, None, relu=True)
+        if block.projected:
+            residual = run(last + 1, input, None, relu=False)
+        output = run(last, values, residual, relu=True)
         ctx.set_materialize_grads(False)
         ctx.last, ctx.projected, ctx.input_node = last, block.projected, input_node
-        ctx.by, ctx.eps = by, [layer.eps for layer in block.layers]
+        ctx.by, ctx.eps, ctx.records = by, [layer.eps for layer in block.layers], records
         ctx.biases = [layer.bias for layer in block.layers]  # the values that count are saved, as copies
         # The last layer's come first, as recompute.output_of unpacks them; a projection's are at the end.
         conv_output, *rest = norms.pop(last)
         others = [tensor for at in sorted(norms) for tensor in norms[at]]
-        begin = 6 + len(others) - len(_Norm._fields)
-        projection = slice(begin, begin + len(_Norm._fields)) if block.projected else None
+        begins = 6 + len(others) - len(_Norm._fields)
+        projection = slice(begins, begins + len(_Norm._fields)) if block.projected else None
         mask = recompute.keep_for_mask(ctx, output, residual, True, projection)
         conv_weights = [layer.conv_weight for layer in block.layers]
         ctx.save_for_backward(conv_output, mask, *rest, *others, input, *conv_weights)
@@ -166,10 +171,11 @@ class _ResidualBlock(torch.autograd.Function):
     def backward(ctx, grad):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
+        _tell_backward(ctx, ctx.last)
         saved = _Saved.of(ctx, recompute.take(ctx))
         differentiate = _differentiably if torch.is_grad_enabled() else _by_kernel
         grad_input, *grads = differentiate(ctx, grad, saved)
-        return None, grad_input, None, None, None, None, *grads
+        return None, grad_input, None, None, None, *grads
 
 
 recompute.register_node(_ResidualBlock)
@@ -199,14 +205,21 @@ class _Saved(NamedTuple):
         return cls(norms, conv_weights, output, input)
 
 
+def _tell_backward(ctx, at: int) -> None:
+    record = ctx.records[at]
+    if record is not None and record.at_backward is not None:
+        record.at_backward()
+
+
 def _by_kernel(ctx, grad: Tensor, saved: _Saved) -> list[Tensor | None]:
     """The gradients of the input and of what was learned."""
-    _, needs_input, _, _, _, _, *needs = ctx.needs_input_grad
+    _, needs_input, _, _, _, *needs = ctx.needs_input_grad
     needs = [needs[i : i + 3] for i in range(0, len(needs), 3)]
     last, grads = ctx.last, [(None, None, None)] * len(needs)
 
     def through(at: int, grad: Tensor, needs_source: bool, add_to: Tensor | None = None):
         """The gradient of what the layer takes, and of what is added to it; its own go into `grads`."""
+        _tell_backward(ctx, at)
         (conv_output, *norm), conv_weight = saved.norms[at], saved.conv_weights[at]
         if 0 < at <= last:
             source, before = activation_as_loaded(*saved.norms[at - 1], True, conv_weight)
@@ -253,7 +266,7 @@ def _by_kernel(ctx, grad: Tensor, saved: _Saved) -> list[Tensor | None]:
 
 def _differentiably(ctx, grad: Tensor, saved: _Saved) -> list[Tensor | None]:
     """The same by PyTorch's ops, for a second derivative."""
-    _, needs_input, _, _, _, _, *needs = ctx.needs_input_grad
+    _, needs_input, _, _, _, *needs = ctx.needs_input_grad
     input, last = saved.input, ctx.last
     if ctx.input_node is not None:
         input = convolution.InPlaceOf.apply(input, recompute.output_of(ctx.input_node))
@@ -302,15 +315,14 @@ def _differentiably(ctx, grad: Tensor, saved: _Saved) -> list[Tensor | None]:
 # the call
 
 
-def residual_block(block: Block, by, momenta: list[float], ran: list[int], input: Tensor) -> Tensor:
+def residual_block(block: Block, by: tuple[Geometry, ...], begin: Begin, input: Tensor) -> Tensor:
     """relu(F(input) + shortcut(input)), as one node.
 
     Args:
         block, input: which fitting() found fit.
         by: what it gave.
-        momenta: of each layer's batch norm, the share of the batch in its running statistics.
-        ran: takes the number of each layer as that has updated them.
+        begin: called with the number of each layer before that runs.
     """
     learned = [tensor for layer in block.layers for tensor in layer.learned]
-    rest = block, by, momenta, ran, *learned
+    rest = block, by, begin, *learned
     return recompute.call_without_keeping_values(_ResidualBlock.apply, input, *rest)

@@ -307,26 +307,26 @@ def residual_block(
     block = _as_one(branch, shortcut, input)
     if block is not None:
         return block
-    residual = shortcut(input) if shortcut is not None and shortcut_first else input
+    residual = _through(shortcut, input) if shortcut is not None and shortcut_first else input
     values = input
     for conv, bn, act in branch[:-1]:
         values = conv_bn_act(conv, bn, act, values, relu=True)
     if shortcut is not None and not shortcut_first:
-        residual = shortcut(input)
+        residual = _through(shortcut, input)
     return end(*branch[-1], values, residual, relu=True)
 
 
 def _as_one(branch, shortcut: nn.Module | None, input: Tensor) -> Tensor | None:
     """None where the layers are to run one by one."""
-    if not isinstance(input, Tensor) or input.dim() != 4 or not torch.is_grad_enabled() or watched():
+    if not isinstance(input, Tensor) or input.dim() != 4 or not torch.is_grad_enabled() or _why_no_site():
         return None
-    layers = [(conv, bn) for conv, bn, _ in branch]
+    layers = list(branch)
     if shortcut is not None:
         projection = _conv_and_bn(shortcut)
         if projection is None:
             return None
-        layers.append(projection)
-    for conv, bn in layers:
+        layers.append((*projection, None))
+    for conv, bn, act in layers:
         if (
             _why_not(conv, _CONV)
             or _why_not(bn, _BN_AFTER_CONV)
@@ -334,23 +334,37 @@ def _as_one(branch, shortcut: nn.Module | None, input: Tensor) -> Tensor | None:
             or not bn.training
         ):
             return None
-    if any(act is not None and _why_not(act, _ACT) for _, _, act in branch):
-        return None
-    bns = [bn for _, bn in layers]
+        if act is not None and _why_not(act, _ACT):
+            return None
+    bns = [bn for _, bn, _ in layers]
     if len(set(bns)) < len(bns):  # whose running statistics follow the order of the calls
         return None
-    block = Block([_layer(*pair) for pair in layers], projected=shortcut is not None)
+    block = Block([_layer(conv, bn) for conv, bn, _ in layers], projected=shortcut is not None)
     by = residual_blocks.fitting(block, input)
     if by is None:
         return None
-    momenta, ran = [_counted(bn) for bn in bns], []
+    listener, begun = listening(), []
+
+    def begin_layer(at: int) -> tuple[float, Record | None]:
+        record = None
+        if listener is not None:
+            residual = input if at == block.last else None
+            record = _tell(listener, "conv_bn", layers[at], residual, at <= block.last, None)
+            record.convolved()
+        begun.append(bns[at])
+        return _counted(bns[at]), record
+
     try:
-        return residual_blocks.residual_block(block, by, momenta, ran, input)
+        return residual_blocks.residual_block(block, by, begin_layer, input)
     except _REFUSALS:
-        for at, bn in enumerate(bns):
-            if at not in ran:
-                _uncount(bn)
+        _uncount(begun[-1])
         raise
+
+
+def _through(shortcut: nn.Module, input: Tensor) -> Tensor:
+    """shortcut(input), by the site that it is where the block runs as one."""
+    projection = None if _why_each_call_is_seen() else _conv_and_bn(shortcut)
+    return shortcut(input) if projection is None else conv_bn_act(*projection, None, input, relu=False)
 
 
 def _layer(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Layer:
@@ -364,7 +378,8 @@ def _conv_and_bn(shortcut: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     kind = getattr(type(shortcut), "_stock_class", type(shortcut))
     if kind not in _CONTAINERS or len(shortcut._modules) != 2 or _why_called_otherwise(shortcut):
         return None
-    return tuple(shortcut._modules.values())
+    conv, bn = shortcut._modules.values()
+    return (conv, bn) if type(conv) in _CONV and type(bn) in _BN_AFTER_CONV else None
 
 
 def max_pool(pool: nn.Module, input: Tensor) -> Tensor:
@@ -395,10 +410,12 @@ def _fused_bn_act(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None, re
     return _uncounted_if_refused(bn, ops.bn_add_relu, input, residual, *arguments)
 
 
-def _tell(listener, op, modules, residual, relu, reason, pool=None) -> None:
+def _tell(listener, op, modules, residual, relu, reason, pool=None) -> Record:
     parts = (op, residual is not None and "add", relu and "relu", pool is not None and "max_pool")
     present = tuple(module for module in modules if module is not None)
-    begin(Record(present, "_".join(filter(None, parts)), reason is None, reason), listener)
+    record = Record(present, "_".join(filter(None, parts)), reason is None, reason)
+    begin(record, listener)
+    return record
 
 
 def _sum(output: Tensor, residual: Tensor | None, add: Add = torch.add) -> Tensor:

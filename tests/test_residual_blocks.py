@@ -359,13 +359,6 @@ def without_grad(block, x):
         return block(x)
 
 
-def watched(block, x):
-    with recording.record() as records:
-        output = block(x)
-    assert [record.ran for record in records] == ["conv_bn_relu", "conv_bn", "conv_bn_add_relu"]
-    return output
-
-
 def measured(block, x):
     with tuning._forcing(ours=False):
         return block(x)
@@ -376,11 +369,38 @@ def cast(block, x):  # what is added is then float32
         return block(x)
 
 
-@pytest.mark.parametrize("call", [contiguous, evaluated, without_grad, watched, measured, cast, in_stock])
+@pytest.mark.parametrize("call", [contiguous, evaluated, without_grad, measured, cast, in_stock])
 def test_calls_that_go_layer_by_layer(call):
     block, input = made(KINDS["basic, projected"])
     assert not run(block, input, call=call)[1]
     assert run(block, input)[1]  # and what was found out does not hold for other calls
+
+
+@every_kind
+def test_who_listens_hears_of_each_layer(make):
+    block, input = made(make)
+    heard = []
+    for call in (lambda block, x: block(x), by_layers):
+        with recording.record() as records:
+            output = call(block, input)
+        heard.append([(r.modules, r.ran, r.fused, r.reason, r.own_convolution) for r in records])
+        assert is_one(output) == (call is not by_layers)
+    assert heard[0] == heard[1] and len(heard[0]) >= 2
+
+
+@every_kind
+def test_who_listens_hears_of_each_layers_gradients(make):
+    block, input = made(make)
+    begun, went_back = [], []
+
+    def listen(record):
+        begun.append(record.modules)
+        record.at_backward = lambda: went_back.append(record.modules)
+
+    with recording.listen(listen):
+        output = block(input)
+    output.sum().backward()
+    assert set(went_back) == set(begun) and went_back[0] == begun[-1] and went_back[-1] == begun[0]
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -3,9 +3,10 @@
 A step is cut into pieces: the calls of sites (fastres.sites) and of modules, and the time in between, which
 counts for the module whose forward is then running. Watching one changes nothing of what it runs: calls are
 seen from around nn.Module.__call__, as a hook would make a site run unfused. In the backward pass an
-autograd node belongs to the piece that was at work when it was made, which its sequence number tells, and a
-piece is at work from where one of its nodes begins until a node of another piece does; the sums of
-gradients that autograd makes in between count for the piece whose gradient was added.
+autograd node belongs to the piece that was at work when it was made, which its sequence number tells; the
+layers that are one node tell of themselves. A piece is at work from where one of its nodes or layers begins
+until that of another piece does; the sums of gradients that autograd makes in between count for the piece
+whose gradient was added.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ class Walk:
         return any(module is other for other in self._site)
 
     def _begin_site(self, record: recording.Record) -> None:
-        self._begin(record.modules, record)
+        piece = self._begin(record.modules, record)
+        record.at_backward = lambda: self._switch(piece, "backward")
         self._site = record.modules
 
     def _begin(self, modules: tuple[nn.Module, ...], record: recording.Record | None) -> int:
