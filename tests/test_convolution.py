@@ -129,6 +129,24 @@ def test_weights_anywhere_in_memory(unit, make):
         assert torch.equal(strided, dense)
 
 
+OF_ONE_PIXEL = [
+    Shape(9, 32, 40, (1, 1), (3, 3), (2, 2), (1, 1)),
+    Shape(8, 32, 64, (1, 1), (1, 1), (2, 2)),
+    Shape(5, 20, 33, (1, 7), (3, 1), (2, 1), (1, 0)),
+    Shape(1, 64, 96, (1, 30), (3, 1), (3, 1), (1, 0)),
+    Shape(8, 64, 64, (6, 1), (3, 3), (1, 2), (1, 1)),
+]
+
+
+@pytest.mark.parametrize("shape", OF_ONE_PIXEL, ids=str)
+def test_a_stride_over_one_pixel(unit, shape):
+    """Where a kernel steps over the image, all of its taps but one see nothing."""
+    with poisoned():
+        values = ours(*shape.tensors(unit), shape)
+    found = failures(values, shape, unit, least_error=True)
+    assert not found, "\n".join(found)
+
+
 @pytest.mark.parametrize("padding", [(1, 1), (0, 3)], ids=str)
 @pytest.mark.parametrize("stride", [(2, 2), (3, 3), (2, 3)], ids=str)
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (7, 2)], ids=str)

@@ -52,6 +52,17 @@ def test_few_pixels(precision, batch, image, monkeypatch):
     Case(precision, batch=batch, image=image).check()
 
 
+@pytest.mark.parametrize(
+    "image, kernel, stride", [((1, 1), 3, 2), ((1, 20), 3, (2, 1)), ((1, 20), 1, (2, 1))]
+)
+@pytest.mark.parametrize("batch", [1, 16])
+def test_a_stride_over_one_row(batch, image, kernel, stride, monkeypatch):
+    """In float32: of a single pixel in bf16, stock PyTorch's gradients may be NaN."""
+    monkeypatch.setattr(convolution, "_FEWEST_PIXELS_OF_AN_IMAGE", 0)
+    if batch * image[1] > 1:
+        Case(batch=batch, image=image, kernel=kernel, stride=stride).check()
+
+
 def test_few_channels_of_few_values(few_values, monkeypatch):
     monkeypatch.undo()
     Case(channels=(3, 16), batch=2).check()  # asserts that it runs as one node

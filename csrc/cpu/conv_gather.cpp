@@ -11,10 +11,17 @@ bool is_pointwise(const TapAxis& axis) {
     return axis.taps.size() == 1 && axis.first() == 0 && axis.step == 1;
 }
 
-// Whether a pixel of the output sees the same one of the input, and all are one row.
+// Whether a pixel of the output sees the same one of the input. Not so where the output's pixels are apart,
+// if there is but one: other taps of the kernel see what is beside it.
+bool is_pointwise(const Gather& args) {
+    return is_pointwise(args.rows) && is_pointwise(args.columns) && args.grid_step.h == 1 &&
+           args.grid_step.w == 1;
+}
+
+// Whether it does, and all are one row.
 bool is_one_row(const Gather& args) {
-    return is_pointwise(args.rows) && is_pointwise(args.columns) && args.batch == 1 && args.in.h == 1 &&
-           args.grid.h == 1 && args.in.w == args.grid.w;
+    return is_pointwise(args) && args.batch == 1 && args.in.h == 1 && args.grid.h == 1 &&
+           args.in.w == args.grid.w;
 }
 
 class DirectLoop final : public GatherLoop {
@@ -301,7 +308,7 @@ TapAxis backward_taps(int64_t kernel, int64_t stride, int64_t padding, int64_t d
 void flatten(Gather& args) {
     const bool whole = args.grid.h == args.out.h && args.grid.w == args.out.w && args.in.h == args.out.h &&
                        args.in.w == args.out.w;
-    if (!(is_pointwise(args.rows) && is_pointwise(args.columns)) || !whole) return;
+    if (!is_pointwise(args) || !whole) return;
     args.in = args.out = args.grid = {1, args.batch * args.in.h * args.in.w};
     args.batch = 1;
 }
