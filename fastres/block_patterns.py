@@ -24,11 +24,13 @@ class _Block:
 
     Attributes:
         layers: the calls of sites, in order.
+        input: what goes into the block.
         shortcut: the call of the shortcut; None for the identity.
         identities: calls of nn.Identity between them.
     """
 
     layers: list[fx.Node]
+    input: fx.Node
     shortcut: fx.Node | None
     identities: list[fx.Node]
 
@@ -58,7 +60,7 @@ def _block_that_ends_in(traced: Trace, node: fx.Node) -> _Block | None:
         return None
     *_, input, residual = node.args
     source = residual.args[0] if _is_shortcut(traced, residual) else residual
-    block = _Block([node], None if source is residual else residual, [])
+    block = _Block([node], source, None if source is residual else residual, [])
     while input is not source:
         if traced.calls(input, nn.Identity) and used_once(input):
             block.identities.append(input)
@@ -108,7 +110,7 @@ def _replace(graph: fx.Graph, block: _Block) -> None:
     call = (inplace if last.target is inplace.conv_bn_act else sites).residual_block
     with graph.inserting_before(last):
         shortcut = block.shortcut and graph.create_node("get_attr", block.shortcut.target)
-        joined = graph.call_function(call, (branch, shortcut, block.layers[0].args[3]), options)
+        joined = graph.call_function(call, (branch, shortcut, block.input), options)
     last.replace_all_uses_with(joined)
     for node in reversed(nodes):
         graph.erase_node(node)

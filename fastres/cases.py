@@ -108,4 +108,6 @@ def why_pytorch_refuses(running_mean, running_var, training: bool, momentum, eps
         return "eps is not positive"
     if any(t is not None and t.requires_grad for t in (running_mean, running_var)):
         return "a running statistic requires a gradient"
+    if training and (running_mean is None) != (running_var is None):
+        return "there is one running statistic without the other"
     return None if isinstance(momentum, (int, float)) else "momentum is not a number"

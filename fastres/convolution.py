@@ -407,6 +407,7 @@ def _by_kernel(ctx, grad, conv_output, output, weight, bias, mean, rstd, input, 
     return grad_input, grad_conv_weight, grad_residual, *grad_norm
 
 
+@torch.autocast("cpu", enabled=False)  # the one around may be another than the forward's
 def _differentiably(ctx, grad, conv_output, output, weight, bias, mean, rstd, input, conv_weight):
     """The same by PyTorch's ops, for a second derivative."""
     if ctx.input_node is not None:

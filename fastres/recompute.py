@@ -95,11 +95,25 @@ def unpack(node) -> tuple[Tensor | None, ...]:
     """
     task, unpacked = torch._C._current_graph_task_id(), node.unpacked
     if unpacked is None or unpacked[0] != task:
-        unpacked = node.unpacked = task, node.saved_tensors
+        saved = _saved_tensors(node)
+        unpacked = node.unpacked = task, saved, [None if t is None else t._version for t in saved]
         node.output_again = None
         if task != -1:  # the node itself may not be asked in this pass
             torch.autograd.Variable._execution_engine.queue_callback(lambda: forget(node))
     return unpacked[1]
+
+
+def _saved_tensors(node) -> tuple[Tensor | None, ...]:
+    try:
+        return node.saved_tensors
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{error} Or the gradients of an earlier part of the model were computed first, and what the "
+            "input of this one is made again of is freed since: retain_graph=True keeps that, "
+            "fastres.recompute.set_recompute(False) the input"
+        ) from error
 
 
 def forget(node) -> None:
@@ -109,6 +123,9 @@ def forget(node) -> None:
 def take(node) -> tuple[Tensor | None, ...]:
     """What the node saved, for its own gradient; in second place the output if its mask is from that."""
     saved = unpack(node)
+    for tensor, version in zip(saved, node.unpacked[2], strict=True):  # which a hook may have changed since
+        if tensor is not None and tensor._version != version:
+            _unmodified((tensor, version))
     if node.relu and node.has_residual:
         saved = saved[0], output_of(node), *saved[2:]
     forget(node)
@@ -169,7 +186,10 @@ def _call_keeping(instead, input: Tensor, function: Callable[..., Tensor], *argu
 def _made_again_by(input: Tensor):
     """The node that makes this again, if it will not keep it."""
     node = _node_of(input) if torch.is_grad_enabled() else None
-    return node if node is not None and node.makes_output_again else None
+    if node is None or not node.makes_output_again:
+        return None
+    disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    return node if disabled is None else None
 
 
 def _hooks_around():
@@ -194,7 +214,9 @@ class _Pack:
         if self.around is not None:
             pack, unpack = self.around
             return unpack, pack(tensor)
-        return _unmodified, (tensor, tensor._version)
+        # An output of the node itself would keep it, and with it all before it, for ever.
+        kept = tensor if tensor.grad_fn is None else tensor.detach()
+        return _unmodified, (kept, tensor._version)
 
 
 def _unpack(packed) -> Tensor:

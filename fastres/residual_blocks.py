@@ -35,6 +35,7 @@ class Layer(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     geometry: tuple  # stride, padding, dilation, groups, as of F.conv2d
+    momentum: float | None  # as of nn.BatchNorm2d
     eps: float
 
     @property
@@ -74,10 +75,14 @@ _MOST_KNOWN = 1024
 def fitting(block: Block, input: Tensor) -> tuple[Geometry, ...] | None:
     """The layers' geometries, if our convolutions run all of them on this input and are the faster ones."""
     tensors = [tensor for layer in block.layers for tensor in (layer.conv_weight, *layer.channel_vectors)]
-    if not input.is_cpu or not kernels.is_channels_last(input) or torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling() or cases.is_traced() or cases.is_special(input, *tensors):
         return None
     dtype = convolution.compute_dtype(input)
-    if input.dtype != dtype or cases.is_traced() or cases.is_special(input, *tensors):
+    if not input.is_cpu or input.dtype != dtype or not kernels.is_channels_last(input):
+        return None
+    # A layer that is not differentiated keeps nothing, by itself.
+    firsts = [block.layers[0], *block.layers[block.last + 1 :]]
+    if not input.requires_grad and not all(_learns(layer) for layer in firsts):
         return None
     by = tuple(convolution.geometry_of(*layer.geometry[:3]) for layer in block.layers)
     if None in by:
@@ -85,7 +90,7 @@ def fitting(block: Block, input: Tensor) -> tuple[Geometry, ...] | None:
     weights = []
     for layer in block.layers:
         weight, vectors = layer.conv_weight, layer.channel_vectors
-        if cases.why_pytorch_refuses(*vectors[:2], True, 0.0, layer.eps) is not None:
+        if cases.why_pytorch_refuses(*vectors[:2], True, layer.momentum or 0.0, layer.eps) is not None:
             return None
         if cases.why_not_channels(weight.size(0), dtype, input.device, *vectors) is not None:
             return None
@@ -97,6 +102,10 @@ def fitting(block: Block, input: Tensor) -> tuple[Geometry, ...] | None:
             _known.clear()
         _known[kind] = _fits(block, input)
     return by if _known[kind] else None
+
+
+def _learns(layer: Layer) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in layer.learned)
 
 
 def _fits(block: Block, input: Tensor) -> bool:
@@ -133,7 +142,7 @@ class _Norm(NamedTuple):
 
 class _ResidualBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input_node, input, block, by, begin, *learned):
+    def forward(ctx, input_node, input, block, by, begin, ran, *learned):
         """`learned` are Layer.learned of each layer."""
         norms: dict[int, _Norm] = {}
         records: dict[int, Record | None] = {}
@@ -144,6 +153,7 @@ class _ResidualBlock(torch.autograd.Function):
             rest = *layer.channel_vectors, *by[at], momentum, layer.eps, relu
             with torch._C._AutoDispatchBelowAutograd():
                 output, conv_output, mean, rstd = _forward(values, layer.conv_weight, residual, *rest)
+            ran.append(at)
             norms[at] = _Norm(conv_output, layer.weight, kernels.kept_bias(layer.bias), mean, rstd)
             return output
 
@@ -175,7 +185,7 @@ class _ResidualBlock(torch.autograd.Function):
         saved = _Saved.of(ctx, recompute.take(ctx))
         differentiate = _differentiably if torch.is_grad_enabled() else _by_kernel
         grad_input, *grads = differentiate(ctx, grad, saved)
-        return None, grad_input, None, None, None, *grads
+        return None, grad_input, None, None, None, None, *grads
 
 
 recompute.register_node(_ResidualBlock)
@@ -213,7 +223,7 @@ def _tell_backward(ctx, at: int) -> None:
 
 def _by_kernel(ctx, grad: Tensor, saved: _Saved) -> list[Tensor | None]:
     """The gradients of the input and of what was learned."""
-    _, needs_input, _, _, _, *needs = ctx.needs_input_grad
+    _, needs_input, _, _, _, _, *needs = ctx.needs_input_grad
     needs = [needs[i : i + 3] for i in range(0, len(needs), 3)]
     last, grads = ctx.last, [(None, None, None)] * len(needs)
 
@@ -264,9 +274,10 @@ def _by_kernel(ctx, grad: Tensor, saved: _Saved) -> list[Tensor | None]:
     ]
 
 
+@torch.autocast("cpu", enabled=False)  # the one around may be another than the forward's
 def _differentiably(ctx, grad: Tensor, saved: _Saved) -> list[Tensor | None]:
     """The same by PyTorch's ops, for a second derivative."""
-    _, needs_input, _, _, _, *needs = ctx.needs_input_grad
+    _, needs_input, _, _, _, _, *needs = ctx.needs_input_grad
     input, last = saved.input, ctx.last
     if ctx.input_node is not None:
         input = convolution.InPlaceOf.apply(input, recompute.output_of(ctx.input_node))
@@ -315,14 +326,17 @@ def _differentiably(ctx, grad: Tensor, saved: _Saved) -> list[Tensor | None]:
 # the call
 
 
-def residual_block(block: Block, by: tuple[Geometry, ...], begin: Begin, input: Tensor) -> Tensor:
+def residual_block(
+    block: Block, by: tuple[Geometry, ...], begin: Begin, ran: list[int], input: Tensor
+) -> Tensor:
     """relu(F(input) + shortcut(input)), as one node.
 
     Args:
         block, input: which fitting() found fit.
         by: what it gave.
         begin: called with the number of each layer before that runs.
+        ran: takes that number afterwards.
     """
     learned = [tensor for layer in block.layers for tensor in layer.learned]
-    rest = block, by, begin, *learned
+    rest = block, by, begin, ran, *learned
     return recompute.call_without_keeping_values(_ResidualBlock.apply, input, *rest)

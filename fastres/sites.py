@@ -343,7 +343,7 @@ def _as_one(branch, shortcut: nn.Module | None, input: Tensor) -> Tensor | None:
     by = residual_blocks.fitting(block, input)
     if by is None:
         return None
-    listener, begun = listening(), []
+    listener, begun, ran = listening(), [], []
 
     def begin_layer(at: int) -> tuple[float, Record | None]:
         record = None
@@ -355,9 +355,10 @@ def _as_one(branch, shortcut: nn.Module | None, input: Tensor) -> Tensor | None:
         return _counted(bns[at]), record
 
     try:
-        return residual_blocks.residual_block(block, by, begin_layer, input)
+        return residual_blocks.residual_block(block, by, begin_layer, ran, input)
     except _REFUSALS:
-        _uncount(begun[-1])
+        if len(begun) > len(ran):
+            _uncount(begun[-1])
         raise
 
 
@@ -370,7 +371,8 @@ def _through(shortcut: nn.Module, input: Tensor) -> Tensor:
 def _layer(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Layer:
     running_mean, running_var, _ = _statistics(bn)
     geometry = conv.stride, conv.padding, conv.dilation, conv.groups
-    return Layer(conv.weight, running_mean, running_var, bn.weight, bn.bias, geometry, bn.eps)
+    vectors = running_mean, running_var, bn.weight, bn.bias
+    return Layer(conv.weight, *vectors, geometry, bn.momentum, bn.eps)
 
 
 def _conv_and_bn(shortcut: nn.Module) -> tuple[nn.Module, nn.Module] | None:

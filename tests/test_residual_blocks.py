@@ -1,101 +1,34 @@
 """Residual blocks as one autograd node: to the bit what their layers give, where nobody can tell."""
 
 import copy
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
+from blocks import KINDS, assert_equal, by_layers, every_kind, in_stock, is_one, made, run
 from layers import FLOAT32, PRECISIONS, channels_last
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-import fastres
 from fastres import models, recording, residual_blocks, sites, tuning
-from fastres.nn import BasicBlock, Bottleneck, ConvBn2d
-from fastres.recompute import set_recompute
+from fastres.nn import BasicBlock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-KINDS = {
-    "basic": lambda: BasicBlock(64, 64),
-    "basic, projected": lambda: BasicBlock(64, 96, 2, ConvBn2d(64, 96, 1, 2, bias=False)),
-    "bottleneck": lambda: Bottleneck(128, 32),
-    "bottleneck, projected": lambda: Bottleneck(64, 32, 2, ConvBn2d(64, 128, 1, 2, bias=False)),
-    "bottleneck, groups": lambda: Bottleneck(128, 64, 1, ConvBn2d(128, 256, 1, bias=False), 8, 32),
-}
-every_kind = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 
-
-def made(make, precision=FLOAT32):
-    block = make().train()
-    for bn in block.modules():
-        if isinstance(bn, nn.BatchNorm2d):
-            nn.init.uniform_(bn.weight, 0.5, 1.5)
-            nn.init.normal_(bn.bias)
-        elif isinstance(bn, nn.Conv2d):
-            bn.to(precision.weights)
-    channels = block.conv1.in_channels
-    return block, channels_last(torch.randn(4, channels, 9, 10).to(precision.activations))
-
-
-def is_one(output: torch.Tensor) -> bool:
-    return output.grad_fn is not None and "_ResidualBlock" in output.grad_fn.name()
-
-
-def run(block, input, precision=FLOAT32, call=None, needs_input=True):
-    """Output, gradients and buffers of a copy, and whether it ran as one node."""
-    block = copy.deepcopy(block)
-    leaf = input.clone().requires_grad_(needs_input)
-    with precision.context():
-        output = (call or (lambda block, x: block(x)))(
-            block, leaf + 0
-        )  # no leaf, whose gradients do not meet
-    generator = torch.Generator().manual_seed(0)
-    if output.requires_grad:
-        grad = torch.randn(output.shape, generator=generator).to(output.dtype)
-        output.backward(channels_last(grad) if grad.dim() == 4 else grad)
-    values = {"output": output.detach(), "gradient of input": leaf.grad}
-    values |= {f"gradient of {name}": p.grad for name, p in block.named_parameters()}
-    return values | dict(block.named_buffers()), is_one(output)
-
-
-def by_layers(block, x):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sites, "_as_one", lambda *_: None)
-        return block(x)
-
-
-def in_stock(block, x):
-    with sites.stock():
-        return block(x)
-
-
-def assert_equal(ours, expected):
-    assert ours.keys() == expected.keys()
-    for name, value in ours.items():
-        same = value is expected[name] if value is None else torch.equal(value, expected[name])
-        assert same, name
-
-
-def assert_as_layers(block, input, precision=FLOAT32, **options):
-    ours, one = run(block, input, precision, **options)
+def assert_as_layers(block, input, precision=FLOAT32, one=True, **options):
+    ours, ran_as_one = run(block, input, precision, **options)
     expected, in_layers = run(block, input, precision, by_layers, **options)
-    assert one and not in_layers
+    assert ran_as_one == one and not in_layers
     assert_equal(ours, expected)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # values
-
-
-@pytest.fixture(params=[True, False], ids=["recompute", "keep"])
-def recompute(request):
-    before = set_recompute(request.param)
-    yield
-    set_recompute(before)
 
 
 @every_kind
@@ -119,7 +52,10 @@ def test_any_part_may_be_frozen(make):
         part = copy.deepcopy(block)
         for name, parameter in part.named_parameters():
             parameter.requires_grad_(name not in some)
-        assert_as_layers(part, input, needs_input=needs_input)
+        layers = [part.conv1, part.bn1], [] if part.downsample is None else list(part.downsample)
+        learn = [any(p.requires_grad for module in layer for p in module.parameters()) for layer in layers]
+        one = needs_input or learn[0] and (learn[1] or part.downsample is None)
+        assert_as_layers(part, input, one=one, needs_input=needs_input)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +89,16 @@ def test_a_model_gives_what_its_layers_give(arch, recompute):
     ours, _ = run(model, images)
     expected, _ = run(model, images, call=one_by_one)
     assert_equal(ours, expected)
+
+
+def test_under_vmap():
+    block = BasicBlock(
+        64, 64, norm_layer=lambda channels: nn.BatchNorm2d(channels, track_running_stats=False)
+    )
+    inputs = torch.stack([channels_last(torch.randn(4, 64, 9, 10)) for _ in range(2)])
+    ours = torch.func.vmap(block)(inputs)
+    for values, input in zip(ours, inputs, strict=True):
+        torch.testing.assert_close(values, in_stock(block, input), rtol=1e-3, atol=1e-4)
 
 
 def test_all_blocks_of_a_model_are_nodes():
@@ -189,6 +135,19 @@ def test_second_derivatives(make):
         assert (value - stock[name]).square().mean().sqrt() < 1e-3 * scale, name
 
 
+def test_second_derivatives_under_an_autocast_that_the_forward_had_not():
+    block, input = made(KINDS["basic, projected"])
+    input.requires_grad_()
+    gradients = []
+    for autocast in (False, True):
+        output = block(input)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            gradients.append(
+                torch.autograd.grad(output, input, torch.ones_like(output), create_graph=True)[0]
+            )
+    assert torch.equal(*gradients)
+
+
 def test_a_graph_may_be_walked_twice():
     block, input = made(KINDS["bottleneck, projected"])
     output = block(input.requires_grad_())
@@ -223,6 +182,21 @@ def test_a_model_keeps_no_more_than_its_layers(recompute):
         assert one <= kept_bytes(lambda: model(images))
 
 
+def test_gradients_of_an_earlier_part_first(recompute):
+    """Where a later block's input is to be made again, that cannot be; the error says so."""
+    first, input = made(KINDS["basic"])
+    second = made(KINDS["basic"])[0]
+    between = first(input + 0)
+    output = second(between)
+    torch.autograd.grad(between.sum(), list(first.parameters()))
+    again = second.conv1.weight, output.sum()
+    if recompute:
+        with pytest.raises(RuntimeError, match="set_recompute"):
+            torch.autograd.grad(again[1], again[0])
+    else:
+        torch.autograd.grad(again[1], again[0])
+
+
 def test_a_weight_that_is_changed_before_its_use_is_an_error():
     block, input = made(KINDS["basic"])
     output = block(input)
@@ -230,6 +204,39 @@ def test_a_weight_that_is_changed_before_its_use_is_an_error():
         block.conv1.weight += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
+
+
+def test_a_weight_that_a_hook_changes_in_the_backward_pass_is_an_error():
+    first, input = made(KINDS["basic"])
+    second = made(KINDS["basic"])[0]
+    between = first(input)
+
+    def change(grad):
+        with torch.no_grad():
+            first.conv1.weight += 1
+
+    between.register_hook(change)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        second(between).sum().backward()
+
+
+FROZEN_PARTS = {
+    "its first layer": ("conv1.weight", "bn1.weight", "bn1.bias"),
+    "its projection": ("downsample.0.weight", "downsample.1.weight", "downsample.1.bias"),
+}
+
+
+@pytest.mark.parametrize("frozen", FROZEN_PARTS.values(), ids=FROZEN_PARTS)
+def test_a_block_of_which_a_part_is_not_differentiated(frozen):
+    """What would be kept for that part alone may change."""
+    block, input = made(KINDS["basic, projected"])
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    output = block(input)
+    with torch.no_grad():
+        block.get_parameter(frozen[0]).add_(1)
+    output.sum().backward()
+    assert not is_one(output)
 
 
 def test_a_bias_may_change_before_its_use():
@@ -256,6 +263,50 @@ def test_a_checkpointed_block_counts_as_stock():
     for name, value in results[0][0].items():
         if "num_batches" in name:
             assert value == stock[name], name
+
+
+def test_where_no_hooks_may_see_what_is_saved():
+    block, input = made(KINDS["basic"])
+    with torch.autograd.graph.disable_saved_tensors_hooks("none, please"):
+        ours, one = run(block, input, call=lambda block, x: block(block(x)))
+        expected, _ = run(block, input, call=lambda block, x: by_layers(block, by_layers(block, x)))
+    assert one
+    assert_equal(ours, expected)
+
+
+def test_an_error_after_the_last_layer_leaves_it_counted():
+    block, input = made(KINDS["basic"])
+
+    def pack(tensor):
+        raise MemoryError
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor), pytest.raises(MemoryError):
+        block(input)
+    assert [int(bn.num_batches_tracked) for bn in (block.bn1, block.bn2)] == [1, 1]
+
+
+@pytest.mark.parametrize("call", [lambda block, x: block(x), by_layers], ids=["block", "layers"])
+def test_a_graph_that_nobody_walks_is_freed(call, recompute):
+    """Without the collector of garbage; and one that is walked, but kept."""
+    blocks = [made(KINDS["basic"])[0] for _ in range(9)]
+    input = made(KINDS["basic"])[1]
+
+    def forward():
+        values = [input + 0]
+        for block in blocks:
+            values.append(call(block, values[-1]))
+        return values
+
+    gc.collect()
+    gc.disable()
+    try:
+        outputs = list(map(weakref.ref, values := forward()))
+        values[-1].sum().backward(retain_graph=True)
+        del values
+        outputs += list(map(weakref.ref, forward()))
+        assert all(output() is None for output in outputs)
+    finally:
+        gc.enable()
 
 
 def test_what_was_not_run_is_not_counted(monkeypatch):
@@ -401,119 +452,3 @@ def test_who_listens_hears_of_each_layers_gradients(make):
         output = block(input)
     output.sum().backward()
     assert set(went_back) == set(begun) and went_back[0] == begun[-1] and went_back[-1] == begun[0]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# other people's models
-
-
-def calls_of(model, images) -> dict[str, int]:
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        model(images)
-    return {event.key: event.count for event in profiled.key_averages()}
-
-
-@pytest.mark.parametrize("client, arch, blocks, layers", [
-    ("torchvision", "resnet18", 8, 0),
-    ("torchvision", "resnext50_32x4d", 16, 0),
-    ("timm", "resnet50", 16, 0),
-    ("timm", "resnet26d", 4, 4 * 4 + 1),  # the other shortcuts begin with an average or an nn.Identity
-])  # fmt: skip
-def test_fused_blocks_of_clients(client, arch, blocks, layers, request):
-    package = request.getfixturevalue(client)
-    make = package.create_model if client == "timm" else lambda name: getattr(package.models, name)()
-    model = fastres.fuse(make(arch)).train()
-    images = channels_last(torch.randn(2, 3, 64, 64))
-    calls = calls_of(model, images)
-    assert (calls["_ResidualBlock"], calls.get("_ConvBnAct", 0)) == (blocks, layers)
-    ours, _ = run(model, images)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sites, "_as_one", lambda *_: None)
-        expected, _ = run(model, images)
-    assert_equal(ours, expected)
-
-
-class Block(nn.Module):
-    """A block as its users write it."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.conv2 = (nn.Conv2d(32, 32, 3, padding=1, bias=False) for _ in range(2))
-        self.bn1, self.bn2 = nn.BatchNorm2d(32), nn.BatchNorm2d(32)
-        self.shortcut = nn.Sequential(nn.Conv2d(32, 32, 1, bias=False), nn.BatchNorm2d(32))
-        self.nothing = nn.Identity()
-
-
-class ShortcutFirst(Block):
-    def forward(self, x):
-        identity = self.shortcut(x)
-        x = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(self.nothing(x))) + identity)
-
-
-class ShortcutLast(Block):
-    def forward(self, x):
-        out = torch.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        out += self.shortcut(x)
-        return torch.relu_(out)
-
-
-class Identical(Block):
-    def forward(self, x):
-        return F.relu(x + self.bn2(self.conv2(self.nothing(F.relu(self.bn1(self.conv1(x)))))))
-
-
-class BranchUsedTwice(Block):
-    def forward(self, x):
-        inner = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(inner)) + x) + inner
-
-
-class ShortcutUsedTwice(Block):
-    def forward(self, x):
-        shortcut = self.shortcut(x)
-        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + shortcut) * shortcut
-
-
-class SomethingBetween(Block):
-    def forward(self, x):
-        inner = F.relu(self.bn1(self.conv1(x)))
-        half = x * 0.5
-        return F.relu(self.bn2(self.conv2(inner)) + x) - half
-
-
-class ShortcutOfTheBranch(Block):
-    def forward(self, x):
-        inner = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(inner)) + self.shortcut(inner))
-
-
-def order_of_calls(block, x) -> list[str]:
-    names, order = {module: name for name, module in block.named_modules()}, []
-    for module in block.modules():
-        if module is not block:
-            module.register_forward_hook(lambda module, *_: order.append(names[module]))
-    block(x)
-    return order
-
-
-@pytest.mark.parametrize("kind, one", [
-    (ShortcutFirst, True), (ShortcutLast, True), (Identical, True), (BranchUsedTwice, False),
-    (ShortcutUsedTwice, False), (SomethingBetween, False), (ShortcutOfTheBranch, False),
-])  # fmt: skip
-def test_blocks_as_users_write_them(kind, one):
-    stock = kind().train()
-    fused, x = fastres.fuse(stock), channels_last(torch.randn(4, 32, 11, 12))
-    assert calls_of(fused, x).get("_ResidualBlock", 0) == one
-    ours, _ = run(fused, x)
-    expected, _ = run(fused, x, call=by_layers)
-    assert_equal(ours, expected)
-    assert order_of_calls(copy.deepcopy(fused), x) == order_of_calls(copy.deepcopy(stock), x)
-
-
-def test_a_hook_on_what_is_left_out_is_heard():
-    block, calls = fastres.fuse(Identical().train()), []
-    x = channels_last(torch.randn(4, 32, 11, 12))
-    block.nothing.register_forward_hook(lambda *_: calls.append(None))
-    assert not is_one(block(x)) and calls == [None]
