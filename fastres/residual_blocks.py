@@ -21,7 +21,6 @@ from fastres.recording import Record
 _forward = torch.ops.fastres.conv_bn_act_forward.default
 _backward = torch.ops.fastres.conv_bn_act_backward.default
 
-
 # Gives the share of the batch in a layer's running statistics; and who is told of the layer, if anybody is.
 Begin = Callable[[int], tuple[float, Record | None]]
 
@@ -97,11 +96,12 @@ def fitting(block: Block, input: Tensor) -> tuple[Geometry, ...] | None:
         weights.append((weight.shape, weight.dtype, weight.device, layer.geometry[3]))
     autocast, needs_grad = torch.is_autocast_enabled("cpu"), input.requires_grad
     kind = input.shape, dtype, autocast, needs_grad, block.projected, by, *weights, choice.state()
-    if kind not in _known:
-        if len(_known) == _MOST_KNOWN:
+    fits = _known.get(kind)  # which another thread may clear
+    if fits is None:
+        if len(_known) >= _MOST_KNOWN:
             _known.clear()
-        _known[kind] = _fits(block, input)
-    return by if _known[kind] else None
+        fits = _known[kind] = _fits(block, input)
+    return by if fits else None
 
 
 def _learns(layer: Layer) -> bool:
