@@ -129,6 +129,20 @@ def test_weights_anywhere_in_memory(unit, make):
         assert torch.equal(strided, dense)
 
 
+def test_groups_that_see_odd_numbers_of_columns(unit):
+    """A box of 3 columns takes more copies of the input than one of 4, of which there are fewer."""
+    dtype = str(unit).removeprefix("torch.")
+    of_group = next((n for n in (64, 32, 16, 8) if _C.convolves(dtype, 3 * n, 3 * n, 3)), None)
+    if of_group is None:
+        pytest.skip(f"no groups in {dtype} with {_C.cpu_isa()}")
+    channels = 3 * of_group
+    shape = Shape(9, channels, channels, (1, 3), (7, 7), (2, 1), (4, 5), groups=3)
+    with poisoned():
+        values = ours(*shape.tensors(unit), shape)
+    found = failures(values, shape, unit, least_error=True)
+    assert not found, "\n".join(found)
+
+
 OF_ONE_PIXEL = [
     Shape(9, 32, 40, (1, 1), (3, 3), (2, 2), (1, 1)),
     Shape(8, 32, 64, (1, 1), (1, 1), (2, 2)),

@@ -84,11 +84,11 @@ class GroupLoop : WeightGradTasks {
     }
 
     int64_t words_of_operands(const Box& largest) const {
-        // Whether its columns are even or odd, as other boxes' are.
-        Box even = largest;
-        even.columns.end += largest.columns.size() % 2;
+        // An odd number of columns may take more than an even one that is larger, and the other way round.
+        Box narrower = largest;
+        --narrower.columns.end;
         int64_t most = 0;
-        for (const Box& box : {largest, even}) {
+        for (const Box& box : {largest, narrower}) {
             const Rows rows = rows_of(box);
             most = std::max(most, grad_vector(box) + rows.copies * input_vector(box, rows));
         }
