@@ -7,6 +7,7 @@ Reference: Rota Bulo, Porzi and Kontschieder 2018 (arXiv:1712.02616), section 3,
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,14 +94,24 @@ def unpack(node) -> tuple[Tensor | None, ...]:
     The node itself asks, and the layer that uses its output. A later pass asks autograd anew, which checks
     that nothing was changed in the meantime.
     """
+    return _unpacked(node).saved
+
+
+class _Unpacked(NamedTuple):
+    task: int  # of autograd
+    saved: tuple[Tensor | None, ...]
+    versions: list[int | None]
+
+
+def _unpacked(node) -> _Unpacked:
     task, unpacked = torch._C._current_graph_task_id(), node.unpacked
-    if unpacked is None or unpacked[0] != task:
+    if unpacked is None or unpacked.task != task:
         saved = _saved_tensors(node)
-        unpacked = node.unpacked = task, saved, [None if t is None else t._version for t in saved]
-        node.output_again = None
+        unpacked = _Unpacked(task, saved, [None if t is None else t._version for t in saved])
+        node.unpacked, node.output_again = unpacked, None
         if task != -1:  # the node itself may not be asked in this pass
             torch.autograd.Variable._execution_engine.queue_callback(lambda: forget(node))
-    return unpacked[1]
+    return unpacked  # which another pass may forget meanwhile
 
 
 def _saved_tensors(node) -> tuple[Tensor | None, ...]:
@@ -122,8 +133,8 @@ def forget(node) -> None:
 
 def take(node) -> tuple[Tensor | None, ...]:
     """What the node saved, for its own gradient; in second place the output if its mask is from that."""
-    saved = unpack(node)
-    for tensor, version in zip(saved, node.unpacked[2], strict=True):  # which a hook may have changed since
+    _, saved, versions = _unpacked(node)
+    for tensor, version in zip(saved, versions, strict=True):  # which a hook may have changed since
         if tensor is not None and tensor._version != version:
             _unmodified((tensor, version))
     if node.relu and node.has_residual:

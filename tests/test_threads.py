@@ -113,3 +113,16 @@ def test_hooks_that_come_and_go_while_others_call(torchvision):
         torch.testing.assert_close(model(input), expected, rtol=1e-4, atol=1e-4)
 
     assert not side_by_side(change, check, check, lambda: plain(input))
+
+
+def test_gradients_of_one_graph():
+    """Each pass forgets what it took, and not what another one is about to use."""
+    model = fastres.models.cifar_resnet20().train()
+    loss, parameters = model(images(2, 8)).sum(), list(model.parameters())
+    expected = torch.autograd.grad(loss, parameters, retain_graph=True)
+
+    def walk():
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+        assert all(map(torch.equal, gradients, expected))
+
+    assert not side_by_side(*[walk] * 6)
