@@ -59,8 +59,9 @@ def _block_that_ends_in(traced: Trace, node: fx.Node) -> _Block | None:
     if node.target not in (sites.conv_bn_act, inplace.conv_bn_act) or not _is_plain(node, adds=True):
         return None
     *_, input, residual = node.args
-    source = residual.args[0] if _is_shortcut(traced, residual) else residual
-    block = _Block([node], source, None if source is residual else residual, [])
+    shortcut = residual if traced.calls(residual) and used_once(residual) else None
+    source = residual if shortcut is None else shortcut.args[0]
+    block = _Block([node], source, shortcut, [])
     while input is not source:
         if traced.calls(input, nn.Identity) and used_once(input):
             block.identities.append(input)
@@ -77,12 +78,6 @@ def _block_that_ends_in(traced: Trace, node: fx.Node) -> _Block | None:
 def _is_plain(call: fx.Node, adds: bool) -> bool:
     """Whether a site ends in a ReLU and no pool, and has a sum or not."""
     return call.kwargs["relu"] and "pool" not in call.kwargs and (call.args[4] is not None) == adds
-
-
-def _is_shortcut(traced: Trace, node: fx.Node) -> bool:
-    """Whether the node calls a module, on one value and for this sum alone."""
-    one = len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node)
-    return node.op == "call_module" and one and used_once(node)
 
 
 def _follow_each_other(nodes: list[fx.Node]) -> bool:

@@ -215,9 +215,9 @@ def _call_behind(traced: Trace, value: fx.Node) -> fx.Node | None:
 
 def _path_to_batch_norm(traced: Trace, call: fx.Node) -> list[nn.Module]:
     """The called container and those in it around its last batch norm; nothing if it ends otherwise."""
-    container = traced.callee(call)
-    if container is None or len(call.args) != 1 or call.kwargs:
+    if not traced.calls(call):
         return []
+    container = traced.callee(call)
     try:
         check_class(container)
         inner = trace(container, training=traced.training)

@@ -21,8 +21,10 @@ from fastres.recording import Record
 _forward = torch.ops.fastres.conv_bn_act_forward.default
 _backward = torch.ops.fastres.conv_bn_act_backward.default
 
-# Gives the share of the batch in a layer's running statistics; and who is told of the layer, if anybody is.
-Begin = Callable[[int], tuple[float, Record | None]]
+# A layer's op, of the share of the batch in its running statistics.
+Op = Callable[[float], tuple[Tensor, ...]]
+# Calls the op of the layer of that number; gives what it gives, and who is told of the layer, if anyone is.
+Call = Callable[[int, Op], tuple[tuple[Tensor, ...], Record | None]]
 
 
 class Layer(NamedTuple):
@@ -142,18 +144,20 @@ class _Norm(NamedTuple):
 
 class _ResidualBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input_node, input, block, by, begin, ran, *learned):
+    def forward(ctx, input_node, input, block, by, call, *learned):
         """`learned` are Layer.learned of each layer."""
         norms: dict[int, _Norm] = {}
         records: dict[int, Record | None] = {}
 
         def run(at: int, values: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
             layer = block.layers[at]
-            momentum, records[at] = begin(at)
-            rest = *layer.channel_vectors, *by[at], momentum, layer.eps, relu
-            with torch._C._AutoDispatchBelowAutograd():
-                output, conv_output, mean, rstd = _forward(values, layer.conv_weight, residual, *rest)
-            ran.append(at)
+
+            def op(momentum: float) -> tuple[Tensor, ...]:
+                rest = *layer.channel_vectors, *by[at], momentum, layer.eps, relu
+                with torch._C._AutoDispatchBelowAutograd():
+                    return _forward(values, layer.conv_weight, residual, *rest)
+
+            (output, conv_output, mean, rstd), records[at] = call(at, op)
             norms[at] = _Norm(conv_output, layer.weight, kernels.kept_bias(layer.bias), mean, rstd)
             return output
 
@@ -185,7 +189,7 @@ class _ResidualBlock(torch.autograd.Function):
         saved = _Saved.of(ctx, recompute.take(ctx))
         differentiate = _differentiably if torch.is_grad_enabled() else _by_kernel
         grad_input, *grads = differentiate(ctx, grad, saved)
-        return None, grad_input, None, None, None, None, *grads
+        return None, grad_input, None, None, None, *grads
 
 
 recompute.register_node(_ResidualBlock)
@@ -223,7 +227,7 @@ def _tell_backward(ctx, at: int) -> None:
 
 def _by_kernel(ctx, grad: Tensor, saved: _Saved) -> list[Tensor | None]:
     """The gradients of the input and of what was learned."""
-    _, needs_input, _, _, _, _, *needs = ctx.needs_input_grad
+    _, needs_input, _, _, _, *needs = ctx.needs_input_grad
     needs = [needs[i : i + 3] for i in range(0, len(needs), 3)]
     last, grads = ctx.last, [(None, None, None)] * len(needs)
 
@@ -277,7 +281,7 @@ def _by_kernel(ctx, grad: Tensor, saved: _Saved) -> list[Tensor | None]:
 @torch.autocast("cpu", enabled=False)  # the one around may be another than the forward's
 def _differentiably(ctx, grad: Tensor, saved: _Saved) -> list[Tensor | None]:
     """The same by PyTorch's ops, for a second derivative."""
-    _, needs_input, _, _, _, _, *needs = ctx.needs_input_grad
+    _, needs_input, _, _, _, *needs = ctx.needs_input_grad
     input, last = saved.input, ctx.last
     if ctx.input_node is not None:
         input = convolution.InPlaceOf.apply(input, recompute.output_of(ctx.input_node))
@@ -326,17 +330,14 @@ def _differentiably(ctx, grad: Tensor, saved: _Saved) -> list[Tensor | None]:
 # the call
 
 
-def residual_block(
-    block: Block, by: tuple[Geometry, ...], begin: Begin, ran: list[int], input: Tensor
-) -> Tensor:
+def residual_block(block: Block, by: tuple[Geometry, ...], call: Call, input: Tensor) -> Tensor:
     """relu(F(input) + shortcut(input)), as one node.
 
     Args:
         block, input: which fitting() found fit.
         by: what it gave.
-        begin: called with the number of each layer before that runs.
-        ran: takes that number afterwards.
+        call: runs each layer.
     """
     learned = [tensor for layer in block.layers for tensor in layer.learned]
-    rest = block, by, begin, ran, *learned
+    rest = block, by, call, *learned
     return recompute.call_without_keeping_values(_ResidualBlock.apply, input, *rest)

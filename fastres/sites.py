@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from fastres import ops, residual_blocks
 from fastres.max_pool import MaxPool
 from fastres.recompute import call_without_keeping
 from fastres.recording import Reason, Record, begin, listening
-from fastres.residual_blocks import Block, Layer
+from fastres.residual_blocks import Block, Layer, Op
 
 __all__ = ["add_act", "bn_act", "conv_bn_act", "residual_block", "stock", "why_not"]
 
@@ -39,6 +40,7 @@ def register_container(kind: type[nn.Module]) -> None:
 
 
 Add = Callable[[Tensor, Tensor], Tensor]
+Result = TypeVar("Result")
 
 
 _stock = 0  # contexts, of all threads: a backward pass may run in others
@@ -133,6 +135,14 @@ def _why_called_otherwise(module: nn.Module) -> Reason | None:
     return None
 
 
+def _why_not_layer(conv: nn.Module, bn: nn.Module, act: nn.Module | None) -> Reason | None:
+    return (
+        _why_not(conv, _CONV)
+        or _why_not(bn, _BN_AFTER_CONV)
+        or (None if act is None else _why_not(act, _ACT))
+    )
+
+
 def _why_not_input(module: nn.Module, input: Tensor, dims: tuple[int, ...]) -> Reason | None:
     # Not a Tensor, but for example a Proxy of torch.fx, which shall see the modules themselves.
     if not isinstance(input, Tensor):
@@ -182,9 +192,7 @@ def conv_bn_act(
         return max_pool(pool, conv_bn_act(conv, bn, act, input, residual, relu=relu, add=add))
     reason = (
         _why_no_site()
-        or _why_not(conv, _CONV)
-        or _why_not(bn, _BN_AFTER_CONV)
-        or (None if act is None else _why_not(act, _ACT))
+        or _why_not_layer(conv, bn, act)
         or _why_not_input(conv, input, (4,))
         or _why_not_channels(conv, input)
     )
@@ -327,14 +335,7 @@ def _as_one(branch, shortcut: nn.Module | None, input: Tensor) -> Tensor | None:
             return None
         layers.append((*projection, None))
     for conv, bn, act in layers:
-        if (
-            _why_not(conv, _CONV)
-            or _why_not(bn, _BN_AFTER_CONV)
-            or conv.bias is not None
-            or not bn.training
-        ):
-            return None
-        if act is not None and _why_not(act, _ACT):
+        if _why_not_layer(conv, bn, act) is not None or conv.bias is not None or not bn.training:
             return None
     bns = [bn for _, bn, _ in layers]
     if len(set(bns)) < len(bns):  # whose running statistics follow the order of the calls
@@ -343,23 +344,17 @@ def _as_one(branch, shortcut: nn.Module | None, input: Tensor) -> Tensor | None:
     by = residual_blocks.fitting(block, input)
     if by is None:
         return None
-    listener, begun, ran = listening(), [], []
+    listener = listening()
 
-    def begin_layer(at: int) -> tuple[float, Record | None]:
+    def call(at: int, op: Op) -> tuple[tuple[Tensor, ...], Record | None]:
         record = None
         if listener is not None:
             residual = input if at == block.last else None
             record = _tell(listener, "conv_bn", layers[at], residual, at <= block.last, None)
             record.convolved()
-        begun.append(bns[at])
-        return _counted(bns[at]), record
+        return _uncounted_if_refused(bns[at], op, _counted(bns[at])), record
 
-    try:
-        return residual_blocks.residual_block(block, by, begin_layer, ran, input)
-    except _REFUSALS:
-        if len(begun) > len(ran):
-            _uncount(begun[-1])
-        raise
+    return residual_blocks.residual_block(block, by, call, input)
 
 
 def _through(shortcut: nn.Module, input: Tensor) -> Tensor:
@@ -435,9 +430,6 @@ def activate(act: nn.Module | None, output: Tensor, relu: bool) -> Tensor:
 # nn.BatchNorm2d.forward's rules
 
 
-_REFUSALS = (ValueError, TypeError, RuntimeError, MemoryError)
-
-
 def _statistics(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, bool]:
     """running_mean, running_var and training, as bn(input) would give them to F.batch_norm."""
     if bn.training:
@@ -464,15 +456,11 @@ def _counted(bn: nn.BatchNorm2d) -> float:
     return momentum
 
 
-def _uncount(bn: nn.BatchNorm2d) -> None:
-    if _counts(bn):
-        bn.num_batches_tracked.sub_(1)
-
-
-def _uncounted_if_refused(bn: nn.BatchNorm2d, op: Callable[..., Tensor], *arguments) -> Tensor:
+def _uncounted_if_refused(bn: nn.BatchNorm2d, op: Callable[..., Result], *arguments) -> Result:
     """op(*arguments), which refuses a batch, if it does, before anything else of it is written."""
     try:
         return op(*arguments)
-    except _REFUSALS:
-        _uncount(bn)
+    except (ValueError, TypeError, RuntimeError, MemoryError):
+        if _counts(bn):
+            bn.num_batches_tracked.sub_(1)
         raise

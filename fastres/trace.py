@@ -51,11 +51,11 @@ class Trace:
         return self.module.get_submodule(node.target) if node.op == "call_module" else None
 
     def calls(self, node: Any, *classes: type[nn.Module]) -> bool:
-        """Whether the node calls a module of exactly one of these stock classes, with one value."""
+        """Whether the node calls a module of exactly one of these stock classes, or any, with one value."""
         return (
             isinstance(node, fx.Node)
             and node.op == "call_module"
-            and stock_class(self.callee(node)) in classes
+            and (not classes or stock_class(self.callee(node)) in classes)
             and len(node.args) == 1
             and isinstance(node.args[0], fx.Node)
             and not node.kwargs

@@ -6,6 +6,7 @@ import pytest
 import torch
 from layers import FLOAT32, channels_last
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from fastres import sites
 from fastres.nn import BasicBlock, Bottleneck, ConvBn2d
@@ -69,3 +70,10 @@ def assert_equal(ours, expected):
     for name, value in ours.items():
         same = value is expected[name] if value is None else torch.equal(value, expected[name])
         assert same, name
+
+
+def calls_of(model, images) -> dict[str, int]:
+    """How often a forward called each op or autograd function."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        model(images)
+    return {event.key: event.count for event in profiled.key_averages()}

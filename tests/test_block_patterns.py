@@ -4,22 +4,14 @@ import copy
 
 import pytest
 import torch
-from blocks import assert_equal, by_layers, is_one, run
+from blocks import assert_equal, by_layers, calls_of, is_one, run
 from layers import channels_last
 from torch import nn
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
 import fastres
-from fastres import sites
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def calls_of(model, images) -> dict[str, int]:
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        model(images)
-    return {event.key: event.count for event in profiled.key_averages()}
 
 
 @pytest.mark.parametrize("client, arch, blocks, layers", [
@@ -36,9 +28,7 @@ def test_fused_blocks_of_clients(client, arch, blocks, layers, request):
     calls = calls_of(model, images)
     assert (calls["_ResidualBlock"], calls.get("_ConvBnAct", 0)) == (blocks, layers)
     ours, _ = run(model, images)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sites, "_as_one", lambda *_: None)
-        expected, _ = run(model, images)
+    expected, _ = run(model, images, call=by_layers)
     assert_equal(ours, expected)
 
 

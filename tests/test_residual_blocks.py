@@ -7,14 +7,14 @@ import weakref
 
 import pytest
 import torch
-from blocks import KINDS, assert_equal, by_layers, every_kind, in_stock, is_one, made, run
+from blocks import KINDS, assert_equal, by_layers, calls_of, every_kind, in_stock, is_one, made, run
 from layers import FLOAT32, PRECISIONS, channels_last
+from saving import kept
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from fastres import models, recording, residual_blocks, sites, tuning
+from fastres import models, recording, residual_blocks, tuning
 from fastres.nn import BasicBlock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,13 +81,8 @@ def test_a_model_gives_what_its_layers_give(arch, recompute):
     model = getattr(models, arch)(num_classes=10).train()
     images = channels_last(torch.randn(2, 3, 64, 64))
 
-    def one_by_one(model, x):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sites, "_as_one", lambda *_: None)
-            return model(x)
-
     ours, _ = run(model, images)
-    expected, _ = run(model, images, call=one_by_one)
+    expected, _ = run(model, images, call=by_layers)
     assert_equal(ours, expected)
 
 
@@ -103,9 +98,7 @@ def test_under_vmap():
 
 def test_all_blocks_of_a_model_are_nodes():
     model = models.resnet50().train()
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        model(channels_last(torch.randn(2, 3, 64, 64)))
-    calls = {event.key: event.count for event in profiled.key_averages()}
+    calls = calls_of(model, channels_last(torch.randn(2, 3, 64, 64)))
     assert calls["_ResidualBlock"] == 16 and "_ConvBnAct" not in calls
 
 
@@ -160,26 +153,14 @@ def test_a_graph_may_be_walked_twice():
 # what is kept, and who sees it
 
 
-def kept_bytes(call) -> int:
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = call()
-    assert output.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
-
-
 def test_a_model_keeps_no_more_than_its_layers(recompute):
     model = models.resnet50().train()
     images = channels_last(torch.randn(2, 3, 64, 64))
-    one = kept_bytes(lambda: model(images))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sites, "_as_one", lambda *_: None)
-        assert one <= kept_bytes(lambda: model(images))
+    with kept() as by_blocks:
+        assert model(images).requires_grad
+    with kept() as one_by_one:
+        assert by_layers(model, images).requires_grad
+    assert 0 < by_blocks() <= one_by_one()
 
 
 def test_gradients_of_an_earlier_part_first(recompute):

@@ -72,7 +72,7 @@ FASTRES_ALWAYS void pack_weight_of(const WeightBlock& weight, float* words) {
                 store<false>(words + word * block + n,
                              Words::template pair<float>(load(first + n), load(second + n)));
                 fetch_soon(soon + n);
-                fetch_soon(soon + weight.k_stride + n);
+                if constexpr (pack == 2) fetch_soon(soon + weight.k_stride + n);
             }
         }
     } else if (weight.k_stride == 1 && weight.n % lanes == 0 && weight.k % (pack * lanes) == 0) {
