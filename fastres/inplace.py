@@ -18,6 +18,11 @@ from fastres import sites
 __all__ = ["add_act", "bn_act", "conv_bn_act", "residual_block"]
 
 
+@torch.compiler.assume_constant_result
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
 def conv_bn_act(
     conv: nn.Module,
     bn: nn.Module,
@@ -31,8 +36,7 @@ def conv_bn_act(
     """`sites.conv_bn_act` of a sum that is written into the batch norm's output, or `into_residual`."""
     device = input.device.type
     dtype = input.dtype
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and dtype is not torch.float64:
+    if _has_autocast(device) and torch.is_autocast_enabled(device) and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(device)
     add = _into_residual if into_residual else Tensor.add_
     if residual.dtype is dtype:

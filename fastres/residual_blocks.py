@@ -74,9 +74,12 @@ _MOST_KNOWN = 1024
 
 
 def fitting(block: Block, input: Tensor) -> tuple[Geometry, ...] | None:
-    """The layers' geometries, if our convolutions run all of them on this input and are the faster ones."""
+    """The layers' geometries, if our convolutions run all of them on this input and are the faster ones.
+
+    Nobody is to record the layers' ops.
+    """
     tensors = [tensor for layer in block.layers for tensor in (layer.conv_weight, *layer.channel_vectors)]
-    if torch.compiler.is_dynamo_compiling() or cases.is_traced() or cases.is_special(input, *tensors):
+    if cases.is_special(input, *tensors):
         return None
     dtype = convolution.compute_dtype(input)
     if not input.is_cpu or input.dtype != dtype or not kernels.is_channels_last(input):
@@ -187,7 +190,7 @@ class _ResidualBlock(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         _tell_backward(ctx, ctx.last)
         saved = _Saved.of(ctx, recompute.take(ctx))
-        differentiate = _differentiably if torch.is_grad_enabled() else _by_kernel
+        differentiate = _differentiably if convolution.asks_for_torchs_ops(grad) else _by_kernel
         grad_input, *grads = differentiate(ctx, grad, saved)
         return None, grad_input, None, None, None, *grads
 
@@ -282,7 +285,7 @@ def _by_kernel(ctx, grad: Tensor, saved: _Saved) -> list[Tensor | None]:
 def _differentiably(ctx, grad: Tensor, saved: _Saved) -> list[Tensor | None]:
     """The same by PyTorch's ops, for a second derivative."""
     _, needs_input, _, _, _, *needs = ctx.needs_input_grad
-    input, last = saved.input, ctx.last
+    input, last, differentiable = saved.input, ctx.last, torch.is_grad_enabled()
     if ctx.input_node is not None:
         input = convolution.InPlaceOf.apply(input, recompute.output_of(ctx.input_node))
     wanted: list[Tensor] = []
@@ -319,7 +322,7 @@ def _differentiably(ctx, grad: Tensor, saved: _Saved) -> list[Tensor | None]:
         grad = torch.where(saved.output <= 0, 0, grad.to(input.dtype))
         addends = [addend for addend in addends if addend.requires_grad]
         made = torch.autograd.grad(
-            addends, wanted, [grad] * len(addends), create_graph=True, allow_unused=True
+            addends, wanted, [grad] * len(addends), create_graph=differentiable, allow_unused=True
         )
     made = iter(made)
     grad_input = next(made) if needs_input else None

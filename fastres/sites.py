@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastres import ops, residual_blocks
+from fastres import cases, ops, residual_blocks
 from fastres.max_pool import MaxPool
 from fastres.recompute import call_without_keeping
 from fastres.recording import Reason, Record, begin, listening
@@ -326,7 +326,9 @@ def residual_block(
 
 def _as_one(branch, shortcut: nn.Module | None, input: Tensor) -> Tensor | None:
     """None where the layers are to run one by one."""
-    if not isinstance(input, Tensor) or input.dim() != 4 or not torch.is_grad_enabled() or _why_no_site():
+    if cases.is_traced() or not isinstance(input, Tensor) or input.dim() != 4:
+        return None
+    if not torch.is_grad_enabled() or _why_no_site():
         return None
     layers = list(branch)
     if shortcut is not None:

@@ -204,8 +204,10 @@ def _gpu_clocks(device: torch.device) -> str:
 @contextmanager
 def cudnn_benchmark() -> Iterator[None]:
     """Stock PyTorch at its best: warming up tries the algorithms."""
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    # Not torch.backends.cudnn.benchmark, which torch.testing lets nobody set in its process.
+    before = torch._C._get_cudnn_benchmark()
+    torch._C._set_cudnn_benchmark(True)
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = before
+        torch._C._set_cudnn_benchmark(before)

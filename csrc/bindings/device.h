@@ -33,7 +33,7 @@ inline cuda::Stream current_stream(const torch::stable::Tensor& tensor) {
     if (!aoti_torch_get_current_cuda_stream)
         throw std::runtime_error("fastres: a CUDA tensor came in, but this PyTorch has no CUDA");
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
     return static_cast<cuda::Stream>(stream);
 }
 #endif

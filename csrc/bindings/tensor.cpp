@@ -93,9 +93,9 @@ std::optional<Tensor> from_pool(const int64_t* sizes, const int64_t* strides, in
     const auto give_back = [](void* data, void*) { cpu::MemoryPool::instance().give_back(data); };
     AtenTensorHandle handle = nullptr;
     const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
-        block, dims, sizes, strides, 0, dtype, aoti_torch_device_type_cpu(), /*device_index=*/-1, &handle,
-        aoti_torch_layout_strided(), nullptr, 0, give_back, nullptr));
+    TORCH_ERROR_CODE_CHECK(torch_from_blob(block, dims, sizes, strides, 0, dtype,
+                                           aoti_torch_device_type_cpu(), /*device_index=*/-1, &handle,
+                                           aoti_torch_layout_strided(), nullptr, 0, give_back, nullptr));
     return Tensor(handle);
 }
 
