@@ -326,7 +326,7 @@ def residual_block(
 
 def _as_one(branch, shortcut: nn.Module | None, input: Tensor) -> Tensor | None:
     """None where the layers are to run one by one."""
-    if cases.is_traced() or not isinstance(input, Tensor) or input.dim() != 4:
+    if not isinstance(input, Tensor) or input.dim() != 4 or cases.is_traced():
         return None
     if not torch.is_grad_enabled() or _why_no_site():
         return None
