@@ -267,6 +267,11 @@ def _empty(like: Tensor, size) -> Tensor:
     return like.new_empty(size).to(memory_format=torch.channels_last)
 
 
+def asks_for_torchs_ops(grad: Tensor) -> bool:
+    """Whether this gradient may be differentiated again, or is more than its values."""
+    return torch.is_grad_enabled() or kernels.is_more_than_values(grad)
+
+
 class _Conv2d(torch.autograd.Function):
     """Our output and PyTorch's gradients; or with matrix instructions ours of the weight, and no more."""
 
@@ -284,7 +289,7 @@ class _Conv2d(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         needs_input, needs_weight, *_ = ctx.needs_input_grad
         grad_input = grad_weight = None
-        if needs_weight and _is_of_matrices(input.dtype) and not torch.is_grad_enabled():
+        if needs_weight and _is_of_matrices(input.dtype) and not asks_for_torchs_ops(grad):
             grad = grad.to(input.dtype).contiguous(memory_format=torch.channels_last)
             grad_weight, needs_weight = _backward_weight(grad, input, weight, *ctx.by), False
         if needs_input or needs_weight:
@@ -330,7 +335,7 @@ class _ConvBnAct(torch.autograd.Function):
             return None, joining.leave(ctx, joining.waiting_for(ctx)), *(None,) * 13
         saved = recompute.take(ctx)
         _, _, weight, bias, *_ = saved
-        differentiate = _differentiably if torch.is_grad_enabled() else _by_kernel
+        differentiate = _differentiably if asks_for_torchs_ops(grad) else _by_kernel
         grad_input, grad_conv_weight, grad_residual, grad_weight, grad_bias = differentiate(
             ctx, grad, *saved
         )
@@ -409,7 +414,9 @@ def _by_kernel(ctx, grad, conv_output, output, weight, bias, mean, rstd, input, 
 
 @torch.autocast("cpu", enabled=False)  # the one around may be another than the forward's
 def _differentiably(ctx, grad, conv_output, output, weight, bias, mean, rstd, input, conv_weight):
-    """The same by PyTorch's ops, for a second derivative."""
+    """The same by PyTorch's ops, for a second derivative; what has been waiting for it is added by them."""
+    add_to = joining.waiting_for(ctx)
+    joining.leave(ctx, None)
     if ctx.input_node is not None:
         input = InPlaceOf.apply(input, recompute.output_of(ctx.input_node))
     cast_weight = conv_weight.to(input.dtype)
@@ -421,6 +428,7 @@ def _differentiably(ctx, grad, conv_output, output, weight, bias, mean, rstd, in
     grad_input, grad_conv_weight, _ = torch.ops.aten.convolution_backward(
         grad_conv_output, input, cast_weight, None, *ctx.by, False, [0, 0], groups, [True, True, False]
     )
+    grad_input = grad_input if add_to is None else grad_input + add_to
     grad_residual = grad if output is None else grad_residual
     return grad_input, grad_conv_weight.to(conv_weight.dtype), grad_residual, *grad_norm
 
@@ -428,9 +436,15 @@ def _differentiably(ctx, grad, conv_output, output, weight, bias, mean, rstd, in
 class InPlaceOf(torch.autograd.Function):
     """`values`, with the place that `stand_in` has in the graph."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, stand_in, values):
+    def forward(stand_in, values):
         return values.view_as(values)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def backward(ctx, grad):

@@ -8,12 +8,16 @@ import functools
 
 import torch
 from torch import Tensor, library
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
 from fastres import _C, composed, recompute  # _C registers the ops
 
 # Up to so many values of an output on the CPU, calling the ops takes the time and not what they compute: a
 # layer of bn_act takes 0.8x stock PyTorch's speed at 2^11 values, 0.9x at 2^15 and 1.0 to 1.2x at 2^17.
 few_values = 2**16
+
+_BATCHED = torch._C._dispatch_key_parse("Batched")
 
 CUDA = bool(_C.build_info()["cuda"])
 _CUDA_ARCHS = _C.build_info()["cuda_archs"].split()  # native code for each, and PTX for the last
@@ -94,6 +98,19 @@ def _(grad, output):
     return torch.empty_like(output)
 
 
+def is_more_than_values(grad: Tensor) -> bool:
+    """Whether a gradient carries a tangent, or stands for a batch of gradients.
+
+    Only PyTorch's own ops know what to do with these, which may begin after the forward: in forward-mode AD
+    of a backward pass, in torch.func, and where `is_grads_batched` is set.
+    """
+    return (
+        (forward_ad._current_level >= 0 and forward_ad.unpack_dual(grad).tangent is not None)
+        or torch._C._dispatch_keys(grad).has(_BATCHED)  # of is_grads_batched
+        or peek_interpreter_stack() is not None
+    )
+
+
 def in_layout_of(grad: Tensor, input: Tensor) -> Tensor:
     """`grad` in the dtype and memory layout of `input`, which is how the kernels take it."""
     if grad.dtype == input.dtype and same_layout(grad, input):
@@ -121,16 +138,22 @@ class _BnAct(torch.autograd.Function):
     def backward(ctx, grad):
         if grad is None:
             return (None,) * 11
-        input, output, weight, bias, mean, rstd = recompute.take(ctx)
-        grad = in_layout_of(grad, input)
-        arguments = (grad, input, output, weight, bias, mean, rstd, ctx.training, ctx.relu)
-        if torch.is_grad_enabled():  # a second derivative may be asked for
-            grad_input, grad_residual, grad_weight, grad_bias = _bn_act_backward(*arguments)
+        input, *saved = recompute.take(ctx)
+        _, weight, bias, *_ = saved
+        rest = (input, *saved, ctx.training, ctx.relu)
+        if is_more_than_values(grad):
+            grad = grad.to(input.dtype)
+            grads = composed.bn_act_backward(grad, *rest)
+        elif torch.is_grad_enabled():  # a second derivative may be asked for
+            grad = in_layout_of(grad, input)
+            grads = _bn_act_backward(grad, *rest)
         else:
+            grad = in_layout_of(grad, input)
             with torch._C._AutoDispatchBelowAutograd():
-                grad_input, grad_residual, grad_weight, grad_bias = _bn_act_backward(*arguments)
+                grads = _bn_act_backward(grad, *rest)
+        grad_input, grad_residual, grad_weight, grad_bias = grads
         _, needs_input, needs_residual, _, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        if ctx.has_residual and output is None:
+        if ctx.has_residual and saved[0] is None:
             grad_residual = grad
         return (
             None,
@@ -227,9 +250,14 @@ def _add_relu_setup(ctx, inputs, output):
 
 
 def _add_relu_gradient(ctx, grad):
-    (output,) = ctx.saved_tensors
-    grad_sum = _add_relu_backward(in_layout_of(grad, output), output)
+    grad_sum = _masked(grad, *ctx.saved_tensors)
     return grad_sum, grad_sum
+
+
+def _masked(grad: Tensor, output: Tensor) -> Tensor:
+    if is_more_than_values(grad):
+        return torch.where(output <= 0, 0, grad.to(output.dtype))
+    return _add_relu_backward(in_layout_of(grad, output), output)
 
 
 library.register_autograd("fastres::add_relu_forward", _add_relu_gradient, setup_context=_add_relu_setup)
@@ -241,8 +269,7 @@ def _add_relu_backward_setup(ctx, inputs, output):
 
 def _add_relu_double_gradient(ctx, grad):
     # The mask is a constant: the derivative of a masked product is the same mask again.
-    (output,) = ctx.saved_tensors
-    return _add_relu_backward(in_layout_of(grad, output), output), None
+    return _masked(grad, *ctx.saved_tensors), None
 
 
 library.register_autograd(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, library, nn
 from torch.nn import functional as F
 
-from fastres import kernels
+from fastres import composed, kernels
 from fastres.convolution import pair
 
 _forward = torch.ops.fastres.bn_relu_max_pool_forward.default
@@ -93,11 +93,14 @@ class _BnReluMaxPool(torch.autograd.Function):
         if grad is None:
             return (None,) * 9
         input, index, weight, bias, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative may be asked for
+        rest = (input, None, weight, bias, mean, rstd, ctx.training, True)
+        if kernels.is_more_than_values(grad):
             grad = _before_max_pool(ctx.pool, grad, index, input)
-            grad_input, _, grad_weight, grad_bias = torch.ops.fastres.bn_act_backward(
-                grad, input, None, weight, bias, mean, rstd, ctx.training, True
-            )
+            grad_input, _, grad_weight, grad_bias = composed.bn_act_backward(grad, *rest)
+        elif torch.is_grad_enabled():  # a second derivative may be asked for
+            grad = _before_max_pool(ctx.pool, grad, index, input)
+            grad = grad.contiguous(memory_format=torch.channels_last)
+            grad_input, _, grad_weight, grad_bias = torch.ops.fastres.bn_act_backward(grad, *rest)
         else:
             if not kernels.is_channels_last(grad) or grad.dtype != input.dtype:
                 grad = grad.to(input.dtype).contiguous(memory_format=torch.channels_last)
@@ -127,7 +130,7 @@ def _before_max_pool(pool: MaxPool, grad: Tensor, index: Tensor, input: Tensor) 
     pixel = (row + tap // pool.kernel_size[1]) * width + column + tap % pool.kernel_size[1]
     zeros = grad.new_zeros(batch, channels, height * width)
     spread = zeros.scatter_add(2, pixel.flatten(2), grad.flatten(2))
-    return spread.view(batch, channels, height, width).contiguous(memory_format=torch.channels_last)
+    return spread.view(batch, channels, height, width)
 
 
 def _call(pool, input, running_mean, running_var, weight, bias, training, momentum, eps):
