@@ -8,6 +8,7 @@ is not made.
 from __future__ import annotations
 
 import builtins
+import dis
 import gc
 import inspect
 import keyword
@@ -25,7 +26,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastres.vet import Untraceable, from_torch
-from fastres.watch import Guard, Watch, own_names, plain, stock_class, swappable
+from fastres.watch import Guard, Watch, own_functions, own_names, plain, stock_class, swappable
 
 
 @dataclass
@@ -154,9 +155,21 @@ def check_class(module: nn.Module) -> FunctionType:
         raise Untraceable("its forward is not a plain function")
     if not swappable(cls):
         raise Untraceable("its class overrides attribute access, has a metaclass or has slots")
+    if any(map(_calls_super_of_instance, own_functions(cls))):
+        raise Untraceable("a method calls super() of self.__class__, which in a subclass never ends")
     if from_torch(forward.__module__ or "") and forward is not nn.Sequential.forward:
         raise Untraceable("its forward is torch's own")
     return forward
+
+
+def _calls_super_of_instance(function: FunctionType) -> bool:
+    """Whether it says super(self.__class__, self) or super(type(self), self)."""
+    instructions = [i for i in dis.get_instructions(function) if i.opname not in ("PUSH_NULL", "CACHE")]
+    for called, first, second in zip(instructions, instructions[1:], instructions[2:], strict=False):
+        if called.opname == "LOAD_GLOBAL" and called.argval == "super":
+            if second.argval == "__class__" or (first.opname == "LOAD_GLOBAL" and first.argval == "type"):
+                return True
+    return False
 
 
 def _first_sentence(error: Exception) -> str:
@@ -169,8 +182,31 @@ def _first_sentence(error: Exception) -> str:
 # ---------------------------------------------------------------------------------------------------------
 
 
-class _Value(fx.Proxy):
+class _Strict(fx.Proxy):
+    """A stand-in that refuses to be a key, or text: neither would ever equal that of the value itself."""
+
+    def __hash__(self) -> int:
+        raise Untraceable("forward looks up a value that depends on its input in a set or dict")
+
+    def __str__(self) -> str:
+        raise Untraceable("forward makes text of a value that depends on its input")
+
+    def __format__(self, spec: str) -> str:
+        return str(self)
+
+
+class _Attribute(_Strict, fx.proxy.Attribute):
+    """Of a stand-in."""
+
+
+class _Value(_Strict):
     """A stand-in for a tensor that keeps `x += y` apart from `x = x + y`, which fx.Proxy does not."""
+
+    def __getattr__(self, name: str) -> fx.Proxy:
+        of_module = self.node.op == "call_module"  # which may return something else than a tensor
+        if not (of_module or hasattr(Tensor, name)) or name in ("grad", "grad_fn", "_base", "_grad"):
+            raise Untraceable(f"forward asks a tensor for its {name}, which may be missing")
+        return _Attribute(self, name)
 
 
 def _inplace_operator(function: Any) -> Any:

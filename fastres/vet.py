@@ -34,7 +34,7 @@ _BUILTINS = {
         "sorted str sum super tuple zip"
     ).split()
 }
-# The last one raises when it is given a stand-in, and is harmless in a branch that is not taken.
+# The last one is refused when it is called (fastres.watch), and harmless in a branch that is not taken.
 _TORCH_FUNCTIONS = {
     torch.relu_,
     torch._assert,
@@ -52,6 +52,9 @@ _REFUSED_OPCODES = {
     "PUSH_EXC_INFO": "has a with or try statement",  # CPython 3.11 and later
     "SETUP_FINALLY": "has a try statement",
     "SETUP_WITH": "has a with statement",
+    "MATCH_SEQUENCE": "has a match statement",  # to which a stand-in is no sequence, mapping or class
+    "MATCH_MAPPING": "has a match statement",
+    "MATCH_CLASS": "has a match statement",
 }
 _SITES = f"{__package__}.sites"  # whose functions call the modules themselves when they are given stand-ins
 _TRACING = {f"{__package__}.{name}" for name in ("vet", "watch", "trace", "aliasing", "patterns", "fuse")}
@@ -106,12 +109,16 @@ def vet_frame(frame: FrameType) -> None:
         else f"{code.co_name}(), in forward,"
     )
     instructions = list(dis.get_instructions(code))
+    results = _results(instructions)
     for at, instruction in enumerate(instructions):
         opcode, name = instruction.opname, instruction.argval
         if opcode in _REFUSED_OPCODES:
             raise Untraceable(f"{shown} {_REFUSED_OPCODES[opcode].format(name)}")
-        if opcode == "IS_OP" and instructions[at - 1].argval not in (None, True, False):
+        if opcode == "IS_OP" and not _is_constant(instructions[at - 1]):
             raise Untraceable(f"{shown} asks whether two values are the same object")
+        # A child may return None, but its stand-in never is.
+        if _asks_for_none(instructions, at) and _is_result(instructions, at, results):
+            raise Untraceable(f"{shown} asks whether the result of a call is None")
         if opcode in ("LOAD_GLOBAL", "LOAD_NAME"):
             value = frame.f_globals.get(name, frame.f_builtins.get(name))
         elif (
@@ -128,6 +135,45 @@ def vet_frame(frame: FrameType) -> None:
             name = f"{name}.{following.argval}"
             value = getattr(value, following.argval, None)
         vet_global(value, name, shown)
+
+
+def _is_constant(instruction: dis.Instruction) -> bool:
+    return instruction.opname in ("LOAD_CONST", "RETURN_CONST") and any(
+        instruction.argval is constant for constant in (None, True, False)
+    )
+
+
+def _asks_for_none(instructions: list[dis.Instruction], at: int) -> bool:
+    """Whether a value is compared with None, which a jump may do by itself."""
+    opcode = instructions[at].opname
+    if opcode == "LOAD_CONST" and instructions[at].argval is None:
+        return instructions[at + 1].opname == "IS_OP"
+    return "JUMP" in opcode and opcode.endswith("_NONE")
+
+
+def _results(instructions: list[dis.Instruction]) -> set[str]:
+    """The variables that hold what a call returned."""
+    found: set[str] = set()
+    while True:
+        stores = [i for i, store in enumerate(instructions) if store.opname.startswith("STORE_FAST")]
+        more = {_variables(instructions[i])[0] for i in stores if _is_result(instructions, i, found)}
+        if more <= found:
+            return found
+        found |= more
+
+
+def _is_result(instructions: list[dis.Instruction], at: int, results: set[str]) -> bool:
+    """Whether what this instruction stores or compares was returned by a call."""
+    before = instructions[at - 1]
+    if "LOAD_FAST" in before.opname:
+        return _variables(before)[-1] in results
+    if before.opname.startswith(("STORE_FAST", "UNPACK_SEQUENCE", "COPY", "DUP_TOP")):  # several variables
+        return _is_result(instructions, at - 1, results)
+    return before.opname.startswith("CALL")
+
+
+def _variables(instruction: dis.Instruction) -> tuple[str, ...]:
+    return instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
 
 
 def vet_global(value: Any, name: str, user: str = "forward") -> None:

@@ -106,6 +106,14 @@ def own_names(cls: type[nn.Module]) -> set[str]:
     return {name for base in cls.__mro__ if base not in (nn.Module, object) for name in vars(base)}
 
 
+@functools.cache
+def own_functions(cls: type[nn.Module]) -> tuple[FunctionType, ...]:
+    """The functions among these, but for __init__, which no instance calls again."""
+    bases = [base for base in cls.__mro__ if base not in (nn.Module, object)]
+    values = [value for base in bases for name, value in vars(base).items() if name != "__init__"]
+    return tuple(value for value in values if isinstance(value, FunctionType))
+
+
 def plain(value: Any) -> bool:
     """Whether the value's repr is its source and no part of it can change."""
     if isinstance(value, tuple):
@@ -150,6 +158,8 @@ class Watch:
 
     def _profile(self, frame: FrameType, event: str, _: Any) -> None:
         code, home = frame.f_code, frame.f_globals.get("__name__", "")
+        if event == "call" and home == "torch.utils.checkpoint":
+            self.refuse("forward calls torch.utils.checkpoint, which a trace would go through")
         if event == "call" and code not in self._seen and not is_machinery(home):
             self._seen.add(code)
             try:
