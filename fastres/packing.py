@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastres import _C
+from fastres.fused_steps import count_from_now_on, fused_steps
 
 _pack = torch.ops.fastres.conv_pack_weight.default
 
@@ -17,7 +18,7 @@ class _Packed:
 
     def of_now(self, weight: Tensor) -> dict[tuple, Tensor]:
         """What it was packed into since it last changed."""
-        now, state = (weight.data_ptr(), weight.dtype, weight._version), self._state
+        now, state = (weight.data_ptr(), weight.dtype, weight._version, fused_steps()), self._state
         if state is None or state[0] != now:
             # The alias keeps the memory from being another weight's at the same address.
             self._state = state = now, weight.detach(), {}
@@ -28,7 +29,8 @@ _kept: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by weight
 
 
 def keep_packed(weight: Tensor) -> None:
-    """From now on pack this weight once, and again only after a change that autograd sees."""
+    """From now on pack this weight once, and again after a change that autograd or an optimizer makes."""
+    count_from_now_on()
     _kept.setdefault(weight, _Packed())
 
 

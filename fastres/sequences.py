@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fastres import _C, cases, inplace, recording, sites
-from fastres.convolution import compute_dtype, pair
+from fastres.convolution import pair
 from fastres.fuse import Fused, set_class, subclass
 from fastres.generated import compiled
 from fastres.packing import is_kept, packed
@@ -124,8 +124,8 @@ class Forwards:
             input.stride(),
             input.dtype,
             input.device,
-            compute_dtype(input),
             torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"),
             torch.get_num_threads(),
             _C.cpu_isa(),
         )
@@ -135,30 +135,33 @@ class Forwards:
                     _keep_latest(self._met, kind, None)
                     return None
                 del self._met[kind]
-            _keep_latest(self._by_kind, kind, self._made_for(input))
+            self.graph = self.graph or _whole_graph(self.model)
+            if self.graph is not None:
+                made, output = _made_for(self.model, self.graph, input)
+                _keep_latest(self._by_kind, kind, made)
+                return lambda model, input: output  # what runs twice may draw or count twice
+            _keep_latest(self._by_kind, kind, None)
         return self._by_kind[kind]
-
-    def _made_for(self, input: Tensor) -> Forward | None:
-        """None where no convolution of ours runs for such an input."""
-        self.graph = self.graph or _whole_graph(self.model)
-        if self.graph is None:
-            return None
-        graph = copy.deepcopy(self.graph)
-        with recording.record() as records:
-            watching = _Watching(self.model, graph, records)
-            watching.run(input)
-        if not watching.steps:
-            return None
-        _put_sequences(graph, watching.steps)
-        if torch.is_autocast_enabled("cpu"):
-            _put_casts(graph, self.model, compute_dtype(input))
-        body = graph.python_code("self")
-        return compiled(body.src, dict(body.globals), stock_class(self.model))
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Making a forward
 # ---------------------------------------------------------------------------------------------------------
+
+
+def _made_for(model: nn.Module, whole: fx.Graph, input: Tensor) -> tuple[Forward | None, Any]:
+    """A forward for inputs like this one, None where no convolution of ours runs; and what it gives."""
+    graph = copy.deepcopy(whole)
+    with recording.record() as records:
+        watching = _Watching(model, graph, records)
+        output = watching.run(input)
+    if not watching.steps:
+        return None, output
+    _put_sequences(graph, watching.steps)
+    if torch.is_autocast_enabled("cpu"):
+        _put_casts(graph, model, torch.get_autocast_dtype("cpu"))
+    body = graph.python_code("self")
+    return compiled(body.src, dict(body.globals), stock_class(model)), output
 
 
 def _keep_latest(kinds: dict, kind: tuple[Any, ...], value: Any) -> None:
@@ -322,7 +325,8 @@ def _sequence(
     wanted = list(map(values.index, outputs))
 
     def sequence(*inputs: Tensor) -> list[Tensor]:
-        inputs = [input.to(dtype) for input in inputs]
+        # As they came in the run that was watched, but for the layout of what is cut out of something else.
+        inputs = [input.to(dtype).contiguous(memory_format=torch.channels_last) for input in inputs]
         with torch._C._AutoDispatchBelowAutograd():
             return _run(inputs, tensors, rows, eps, wanted)
 

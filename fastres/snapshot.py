@@ -1,11 +1,15 @@
 """Telling whether anything about a model has changed that its forward may depend on."""
 
 from collections.abc import Iterable
-from operator import attrgetter, methodcaller
+from itertools import chain
+from operator import attrgetter, is_, methodcaller
+from typing import Any
 
 from torch import Tensor, nn
 
 from fastres import _C
+from fastres.fused_steps import fused_steps
+from fastres.vet import from_torch
 from fastres.watch import stock_class
 
 # Dicts that change without becoming other dicts.
@@ -20,14 +24,14 @@ _DICTS = (
 )
 _address = methodcaller("data_ptr")
 _version = attrgetter("_version")
-_forward = attrgetter("forward")
+_forward = attrgetter("forward")  # of the classes of torch.nn, whose other attributes nobody changes
 
 
 class Snapshot:
     """The attributes of a model's modules as they are now: which objects, not what is in them.
 
-    Of classes also their forward; of parameters and buffers also where their memory is; of `counted` ones
-    also how often autograd saw them change.
+    Of classes what they define, too; of parameters and buffers also where their memory is; of `counted`
+    ones also how often they changed.
 
     Args:
         model: any module.
@@ -37,8 +41,12 @@ class Snapshot:
     def __init__(self, model: nn.Module, counted: Iterable[Tensor] = ()) -> None:
         self._modules = list(model.modules())
         self._classes = list(map(type, self._modules))
-        self._own_classes = list({*self._classes, *map(stock_class, self._modules)})
-        self._forwards = list(map(_forward, self._own_classes))
+        classes = {*self._classes, *map(stock_class, self._modules)}
+        self._torch_classes = [cls for cls in classes if from_torch(cls.__module__)]
+        self._forwards = list(map(_forward, self._torch_classes))
+        bases = {base for cls in classes for base in cls.__mro__}
+        self._namespaces = [vars(base) for base in bases if not from_torch(base.__module__)]
+        self._class_values = self._values_of_classes()
         attributes = [vars(module) for module in self._modules]
         self._dicts = [*attributes, *(by_name[name] for name in _DICTS for by_name in attributes)]
         self._values = tuple(value for by_name in self._dicts for value in by_name.values())
@@ -46,6 +54,7 @@ class Snapshot:
         self._addresses = list(map(_address, self._tensors))
         self._counted = list(counted)
         self._versions = list(map(_version, self._counted))
+        self._fused_steps = fused_steps()
 
     def holds(self) -> bool:
         """Whether all of that is as it was."""
@@ -53,6 +62,7 @@ class Snapshot:
         return (
             self.structure_holds()
             and list(map(_version, self._counted)) == self._versions
+            and self._fused_steps == fused_steps()
             and list(map(_address, self._tensors)) == self._addresses
         )
 
@@ -61,8 +71,16 @@ class Snapshot:
         return (
             _C.hold(self._dicts, self._values)
             and list(map(type, self._modules)) == self._classes
-            and list(map(_forward, self._own_classes)) == self._forwards
+            and list(map(_forward, self._torch_classes)) == self._forwards
+            and self._same_classes()
         )
+
+    def _values_of_classes(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, map(dict, self._namespaces))))
+
+    def _same_classes(self) -> bool:
+        values = self._values_of_classes()
+        return len(values) == len(self._class_values) and all(map(is_, values, self._class_values))
 
     def requires_grad(self) -> bool:
         """Whether a parameter asks for a gradient."""
