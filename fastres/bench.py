@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from fastres import _C, recording, sites
 from fastres.breakdown import PARTS, time_by_part
 from fastres.cuda_graph import CudaGraphs, GraphedStep
+from fastres.errors import first_line
 from fastres.files import replaced
 from fastres.fuse import fuse
 from fastres.inference import optimize_for_inference
@@ -233,17 +234,22 @@ class Variant:
         generator = torch.Generator().manual_seed(0)
         size = arguments.image_size
         images = torch.randn(arguments.batch, 3, size, size, generator=generator)
-        labels = torch.randint(10, (arguments.batch,), generator=generator)
+        labels = torch.randint(2, (arguments.batch,), generator=generator)  # which any classifier has
         self.images, self.labels = images.to(self.device, memory_format=layout), labels.to(self.device)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = _model(arguments.model)
-        self.model = model.to(self.device, memory_format=layout).train(self.training)
+        try:
+            self.model = model.to(self.device, memory_format=layout).train(self.training)
+            self.optimizer = None
+            if self.training:
+                # At so small a rate a batch seen many times is not learned by heart: its gradients would
+                # become denormal numbers, which are slow.
+                self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-5, momentum=0.9)
+        except ValueError as error:  # no parameters, or lazy ones
+            raise BenchError(f"{name} cannot run these settings: {first_line(error)}") from error
         if name == "fused" and not (self.training or arguments.contiguous):
             model = self.model = optimize_for_inference(self.model, inplace=True)
-        # So small that a batch seen many times is not learned by heart: its gradients would become denormal
-        # numbers, which are slow.
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-5, momentum=0.9)
         mode = _STOCK_VARIANTS.get(name)
         self.forward: Callable[[Tensor], Tensor] = torch.compile(model, mode=mode) if mode else model
         self._take_step = self._train if self.training else self._infer
@@ -265,9 +271,8 @@ class Variant:
                 with self._watch_memory():
                     self.step()
                 advance()
-        except (ValueError, RuntimeError) as error:
-            message = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise BenchError(f"{self.name} cannot run these settings: {message}") from error
+        except Exception as error:  # whatever the user's code raises
+            raise BenchError(f"{self.name} cannot run these settings: {first_line(error)}") from error
         for record in records:
             if not record.fused:
                 reason = record.reason[1]
@@ -315,7 +320,8 @@ class Variant:
         parameters = list(self.model.parameters())
         tensors = [self.images, self.labels, *parameters, *self.model.buffers()]
         tensors += [p.grad for p in parameters]
-        tensors += [t for state in self.optimizer.state.values() for t in state.values()]
+        if self.optimizer is not None:
+            tensors += [t for state in self.optimizer.state.values() for t in state.values()]
         own = sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor) and t.is_cuda)
         others = torch.cuda.memory_allocated(self.device) - own
         torch.cuda.reset_peak_memory_stats(self.device)

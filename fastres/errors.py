@@ -6,7 +6,10 @@ from difflib import get_close_matches
 
 def first_line(error: BaseException) -> str:
     """Of its message, or its type where it has none: PyTorch's go on with notes for developers."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    line = str(error).strip().partition("\n")[0]
+    if isinstance(error, KeyError):  # whose message is the key alone
+        return f"KeyError: {line}"
+    return line or type(error).__name__
 
 
 def did_you_mean(name: str, names: Iterable[str], otherwise: str) -> str:

@@ -304,7 +304,12 @@ def conv_bn_act(
             output = infer(input, weight, conv_bias, residual, *channel_vectors, *by, eps, relu, windows)
             pool = None if windows else pool
         return _pooled(pool, output)
-    if at_once and not relu and residual is None and _pays_folding(input, weight):
+    of_channels = weight.size(0), weight.dtype, weight.device, *channel_vectors
+    if (
+        at_once
+        and not (relu or residual is not None or cases.why_not_channels(*of_channels))
+        and _pays_folding(input, weight)
+    ):
         folded = composed.fold_batch_norm(
             weight, conv_bias, running_mean, running_var, bn_weight, bn_bias, eps
         )

@@ -11,6 +11,7 @@ from training import RunAgain
 
 import fastres.nn
 from fastres import bench, recording, sites, timing
+from fastres.cli import main
 
 SMALL = [
     "--model",
@@ -355,3 +356,57 @@ def test_tells_the_gpus_clocks_where_nvidia_smi_does(script, told, tmp_path, mon
 def test_spread_is_median_and_quartiles():
     assert timing.Spread.of([5.0, 1.0, 2.0, 3.0, 4.0]) == timing.Spread(3.0, 2.0, 4.0)
     assert timing.Spread.of([7.0]) == timing.Spread(7.0, 7.0, 7.0)
+
+
+FOREIGN = """
+import torch
+from torch import nn
+
+def two():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+
+def classifier():
+    return nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+class Raises(nn.Conv2d):
+    def forward(self, x):
+        return {}["missing"]
+
+def raises():
+    return Raises(3, 8, 3)
+
+def no_parameters():
+    return nn.Flatten()
+
+class Dict(nn.Conv2d):
+    def forward(self, x):
+        return {"out": super().forward(x)}
+
+def returns_a_dict():
+    return Dict(3, 8, 3)
+
+def leaves():
+    raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("classifier", ""),
+        ("two", "fused cannot run these settings: "),
+        ("no_parameters", "fused cannot run these settings: "),
+        ("raises", "fused cannot run these settings: KeyError: 'missing'"),
+        ("returns_a_dict", "fused cannot run these settings: "),
+        ("leaves", "building it raised SystemExit: 3"),
+    ],
+)
+def test_models_of_a_users_file(name, message, tmp_path, capsys):
+    file = tmp_path / "models.py"
+    file.write_text(FOREIGN)
+    status = main(
+        f"bench --model {file}:{name} --batch 2 --image-size 16 --repeat 1 --against eager".split()
+    )
+    error = capsys.readouterr().err
+    assert status == (2 if message else 0) and message in error
+    assert len(error.splitlines()) == bool(message)

@@ -205,3 +205,24 @@ def test_refuses_training_beside_inference(capsys, tmp_path):
     other.to_json(tmp_path / "infer.json")
     assert main(["profile", "--compare", str(KEPT), str(tmp_path / "infer.json")]) == 2
     assert "of mode train" in capsys.readouterr().err
+
+
+class CallsTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(8, 8, 3, padding=1), nn.GELU()
+
+    def forward(self, x):
+        return self.act(self.conv(self.act(x)))
+
+
+def test_each_call_of_a_module_counts():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), CallsTwice())
+    before = fastres.profile(model, torch.randn(2, 3, 16, 16), repeat=2)
+    acts = [row for row in before.rows if "act" in row.name]
+    assert [row.name for row in acts] == ["1.act", "1.act #2"]
+    data = copy.deepcopy(before.data)
+    (first,) = (op for block in data["blocks"] for op in block["ops"] if op["name"] == "1.act")
+    for times in first["seconds"]["fused"].values():
+        times[:] = [time * 1000 for time in times]
+    assert acts[0].block in changed(before.compare(Profile(data)).blocks)

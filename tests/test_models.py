@@ -444,3 +444,17 @@ def test_a_name_of_weights_is_told_what_is_taken():
         FileNotFoundError, match="weights='DEFAULT' is no file; fastres has none of its own"
     ):
         models.resnet18(weights="DEFAULT")
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [("wide_resnet50_2", {"width_per_group": 64}), ("resnext50_32x4d", {"groups": 1})],
+)
+def test_what_makes_a_model_that_model_cannot_be_changed(name, argument):
+    with pytest.raises(ValueError, match=f"^{name} has "):
+        getattr(models, name)(**argument)
+
+
+def test_weights_of_no_known_kind():
+    with pytest.raises(TypeError, match="weights=5: expected None, a state_dict"):
+        models.resnet18(weights=5)

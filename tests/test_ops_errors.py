@@ -160,3 +160,24 @@ def test_forcing_an_instruction_set():
     )
     assert run.returncode != 0
     assert "FASTRES_CPU_ISA: 'sse9' cannot run on this machine, which has: scalar" in run.stderr
+
+
+VECTORS = ("running_mean", "running_var", "bn_weight", "bn_bias")
+
+
+@pytest.mark.parametrize("which", VECTORS)
+@pytest.mark.parametrize("size", [(1,), (34,), (), (1, 33)], ids=str)
+def test_evaluation_takes_the_vectors_that_stock_takes(which, size):
+    """Also where the batch norm is folded into the convolution's weight."""
+    input, weight = torch.randn(4, 32, 20, 20), torch.randn(33, 32, 1, 1)
+    vectors = {name: torch.rand(33) + 0.5 for name in VECTORS} | {which: torch.rand(size) + 0.5}
+    mean, var, scale, shift = vectors.values()
+    with torch.no_grad():
+        try:
+            expected = F.batch_norm(F.conv2d(input, weight), mean, var, scale, shift)
+        except (RuntimeError, IndexError) as error:
+            with pytest.raises(type(error)):
+                ops.conv_bn_relu(input, weight, *vectors.values(), activation=None)
+        else:
+            output = ops.conv_bn_relu(input, weight, *vectors.values(), activation=None)
+            torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)

@@ -1,8 +1,10 @@
 """The training program: resuming to the bit, atomic checkpoints, the files it leaves."""
 
+import contextlib
 import csv
 import dataclasses
 import errno
+import io
 import re
 import subprocess
 import sys
@@ -221,7 +223,41 @@ def test_subset_of_test_images_gives_the_same_accuracy_in_any_batch(few, tmp_pat
     held_out = few.test
     for start in range(0, len(held_out), 7):
         run.data = data.Data(
-            few.train, Subset(held_out, range(start, min(start + 7, len(held_out)))), few.classes, 1, ""
+            few.train, Subset(held_out, range(start, min(start + 7, len(held_out)))), few.classes, 1, "", ""
         )
         parts += run.evaluate() * len(run.data.test)
     assert parts == pytest.approx(whole)
+
+
+def test_a_run_is_resumed_on_the_same_images_alone(few, tmp_path):
+    settings = loop.Settings(**SETTINGS)
+    loop.Run(settings, few, tmp_path).train()
+    with pytest.raises(loop.ResumeError, match="was trained on other images than other digits has now"):
+        loop.Run(
+            settings, dataclasses.replace(few, fingerprint="", description="other digits"), tmp_path
+        ).resume()
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer", "epochs", "random"])
+def test_a_checkpoint_with_a_broken_part(part, few, tmp_path):
+    run = loop.Run(loop.Settings(**SETTINGS), few, tmp_path)
+    run.train()
+    state = torch.load(run.checkpoint_path)
+    checkpoint.save(state | {part: {"what": "is this"}}, run.checkpoint_path)
+    with pytest.raises(loop.ResumeError, match="checkpoint.pt is damaged"):
+        loop.Run(loop.Settings(**SETTINGS), few, tmp_path).resume()
+
+
+def test_ctrl_c_while_a_checkpoint_is_written(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save({"a": torch.ones(3)}, path)
+
+    class Disk(io.RawIOBase):
+        def write(self, data):
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "replaced", lambda path, mode: contextlib.nullcontext(Disk()))
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save({"a": torch.ones(3)}, path)
+    assert torch.equal(torch.load(path)["a"], torch.ones(3))

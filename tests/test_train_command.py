@@ -157,5 +157,5 @@ def test_interrupted_by_the_keyboard(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130, error
-    assert "interrupted; --resume" in error and "Traceback" not in error
+    assert "interrupted; the same command with --resume" in error and "Traceback" not in error
     assert set(torch.load(tmp_path / "checkpoint.pt")) >= {"model", "optimizer", "random", "epochs"}

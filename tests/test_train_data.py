@@ -1,5 +1,7 @@
 """The images that are trained on: digits, folders, what is wrong with them."""
 
+import shutil
+
 import pytest
 import torch
 from training import SETTINGS, weights
@@ -93,3 +95,29 @@ def test_one_is_not_counted_in_the_plural(folder_of_images, tmp_path, capsys):
     assert "cat has no images, expected at least two" in refusal()
     (folder_of_images / "cat").rmdir()
     assert f"{folder_of_images} has 1 folder, expected at least two, one a class" in refusal()
+
+
+def test_what_is_held_out_has_several_names(folder_of_images, tmp_path):
+    for name in ("val", "valid", "validation", "test"):
+        root = tmp_path / name
+        (root / "train").mkdir(parents=True)
+        for part in ("train", name):
+            shutil.copytree(folder_of_images, root / part, dirs_exist_ok=True)
+        assert data.image_folder(root, 32).classes == ["cat", "dog"]
+
+
+def test_hidden_files_are_none_of_the_images(folder_of_images):
+    (folder_of_images / ".ipynb_checkpoints").mkdir()
+    (folder_of_images / "cat" / "._0.png").write_bytes(b"no image")
+    images = data.image_folder(folder_of_images, 32)
+    assert images.classes == ["cat", "dog"] and len(images.train) + len(images.test) == 20
+
+
+def test_a_fingerprint_is_of_the_images_and_not_of_their_place(folder_of_images, tmp_path):
+    def fingerprint(root, size=32):
+        return data.image_folder(root, size).fingerprint
+
+    copied = shutil.copytree(folder_of_images, tmp_path / "copied")
+    assert fingerprint(copied) == fingerprint(folder_of_images) != fingerprint(folder_of_images, 48)
+    shutil.copy(copied / "cat" / "0.png", copied / "cat" / "more.png")
+    assert fingerprint(copied) != fingerprint(folder_of_images)

@@ -53,7 +53,7 @@ def build(name: str) -> nn.Module:
         make = _function(place, function)
     try:
         model = make()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"building it raised {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"it returns {type(model).__name__}, expected torch.nn.Module")

@@ -130,6 +130,10 @@ def _resnet(
     if hasattr(weights, "get_state_dict"):  # a member of a torchvision weights enum
         kwargs.setdefault("num_classes", len(weights.meta["categories"]))
         weights = weights.get_state_dict(progress=progress, check_hash=True)
+    elif not isinstance(weights, (Mapping, str, PathLike)):
+        raise TypeError(
+            f"weights={weights!r}: expected None, a state_dict, a path or torchvision's weights"
+        )
     elif not isinstance(weights, Mapping):
         try:
             weights = torch.load(weights, map_location="cpu", weights_only=True)
@@ -165,7 +169,10 @@ def _builder(name: str):
     block, layers, defaults = _RESNETS[name]
 
     def build(*, weights=None, progress: bool = True, **kwargs: Any) -> ResNet:
-        return _resnet(block, layers, weights, progress, **{**defaults, **kwargs})
+        for argument, value in defaults.items():
+            if kwargs.setdefault(argument, value) != value:
+                raise ValueError(f"{name} has {argument}={value}, not {kwargs[argument]}")
+        return _resnet(block, layers, weights, progress, **kwargs)
 
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"""{name}, without pretrained weights of its own.
@@ -174,7 +181,7 @@ def _builder(name: str):
         weights: None for fresh ones, else a state_dict, the path of a saved one, or a member of a
             torchvision weights enum.
         progress: show a bar where torchvision downloads.
-        **kwargs: as of :class:`ResNet`.
+        **kwargs: as of :class:`ResNet`, but for what makes it this model.
 
     Reference: {"He et al. 2015, figure 3" if block is PlainBlock else f"torchvision.models.{name}"}.
     """

@@ -16,7 +16,7 @@ class Op:
     """What is measured as one: a site, a layer, or what a block does beside its sites and layers.
 
     Attributes:
-        name: of its modules, as seen from the block.
+        name: of its modules, as seen from the block; and the number of the call from the second one on.
         ran: the site's fused op, or the layer's class.
         fused: whether it ran fused.
         reason: why not; "" for a layer that is no site.
@@ -96,12 +96,14 @@ def _add(block: Block, index: int, piece: Piece, layer: bool, names: dict[nn.Mod
         rest.pieces.append(index)
         return
     prefix = f"{block.name}."
-    name = " ".join(names[module].removeprefix(prefix) for module in piece.modules)
+    name = " ".join(names[module].removeprefix(prefix) for module in piece.modules) or "add"
+    calls = sum(op.name.partition(" #")[0] == name for op in block.ops)
+    name = f"{name} #{calls + 1}" if calls else name  # a block may call a module again
     record = piece.record
     if record is None:
         op = Op(name, type(piece.modules[0]).__name__, False, "")
     else:
-        op = Op(name or "add", record.ran, record.fused, _in_words(record.reason, names))
+        op = Op(name, record.ran, record.fused, _in_words(record.reason, names))
     op.pieces.append(index)
     block.ops.append(op)
 

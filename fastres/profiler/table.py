@@ -15,8 +15,8 @@ _WIDTH = 180  # of a file or a pipe: nothing is cut
 def show(profile: Profile, file=None) -> None:
     """Print it: the blocks in order, then the ops, those first that lose most against the limit."""
     console = _console(file)
-    console.print(profile.title, markup=False)
-    console.print(str(profile.machine), markup=False)
+    console.print(profile.title)
+    console.print(str(profile.machine))
     console.print(_blocks(profile))
     console.print()
     console.print(_ops(profile))
@@ -28,11 +28,10 @@ def show_comparison(comparison: Comparison, file=None) -> None:
     """Print the step, all blocks and the ops that changed."""
     console = _console(file)
     for line in (*comparison.differences, *comparison.missing):
-        console.print(line, markup=False)
+        console.print(line)
     if comparison.drift != 1:
         console.print(
             f"Stock's layers took {comparison.drift:.2f}x as long in b as in a, which b / a leaves out.",
-            markup=False,
         )
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("block", "op", ""):
@@ -53,11 +52,11 @@ def show_comparison(comparison: Comparison, file=None) -> None:
         )
     console.print(table)
     console.print()
-    console.print(comparison.sentence(), markup=False)
+    console.print(comparison.sentence())
 
 
 def _console(file) -> Console:
-    console = Console(file=file, highlight=False)
+    console = Console(file=file, highlight=False, markup=False)  # names are not to be read as such
     if not console.is_terminal:
         console.width = _WIDTH
     return console
@@ -122,4 +121,4 @@ def _footer(console: Console, profile: Profile) -> None:
         )
     console.print()
     for sentence in data["advice"]:
-        console.print(sentence, markup=False)
+        console.print(sentence)

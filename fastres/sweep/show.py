@@ -17,18 +17,18 @@ _STYLES = {"faster": "black on green3", "slower": "white on red3"}
 
 def show(sweep: Sweep, grid: list[Cell], file=None) -> None:
     """Print them."""
-    console = Console(file=file, highlight=False)
+    console = Console(file=file, highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 160
     for title, against, matrix in maps(sweep, grid):
-        console.print(f"\n{title}: {against}'s time / fused's", style="bold", markup=False)
+        console.print(f"\n{title}: {against}'s time / fused's", style="bold")
         console.print(_heat_map(matrix))
     failed = [(cell, sweep.results[cell]["error"]) for cell in grid if "error" in sweep.results[cell]]
     for cell, reason in failed:
-        console.print(f"{cell}: {reason}", markup=False)
+        console.print(f"{cell}: {reason}")
     console.print()
     for against in against_of(sweep):
-        console.print(sentence(sweep, grid, against), markup=False)
+        console.print(sentence(sweep, grid, against))
 
 
 def maps(sweep: Sweep, grid: list[Cell]) -> Iterator[tuple[str, str, dict[tuple[int, int], dict]]]:

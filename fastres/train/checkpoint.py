@@ -16,7 +16,7 @@ def save(state: dict[str, Any], path: Path) -> None:
         try:
             torch.save(state, file)
         except RuntimeError as error:  # of its archive, which a write that failed left unfinished
-            if isinstance(error.__context__, OSError):
+            if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
                 raise error.__context__ from error
             raise
 

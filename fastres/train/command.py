@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        print(f"\nfastres train: interrupted; --resume --out {arguments.out} goes on", file=sys.stderr)
+        print("\nfastres train: interrupted; the same command with --resume goes on", file=sys.stderr)
         return 130
     print(f"results in {arguments.out}: checkpoint.pt, metrics.csv, curves.png")
     print(f"held-out accuracy {accuracy:.4f}")

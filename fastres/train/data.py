@@ -1,5 +1,6 @@
 """Images to train on: scikit-learn's digits, or a folder with one folder of images a class."""
 
+import hashlib
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,13 +19,19 @@ class DataError(ValueError):
 
 @dataclass
 class Data:
-    """Two data sets that share no image, of (image: (C, H, W) float32, label) pairs."""
+    """Two data sets that share no image, of (image: (C, H, W) float32, label) pairs.
+
+    Attributes:
+        description: for people.
+        fingerprint: equal for equal images, labels and split, wherever they lie.
+    """
 
     train: Dataset
     test: Dataset
     classes: list[str]
     channels: int
     description: str
+    fingerprint: str
 
 
 def digits() -> Data:
@@ -48,7 +55,7 @@ def digits() -> Data:
     # Two pixels an original one: a network of three stages then ends at 4x4 and not at 2x2.
     images = torch.nn.functional.interpolate(images, scale_factor=2, mode="bilinear", align_corners=False)
     train, test = (TensorDataset(images[part], labels[part]) for part in (~held_out, held_out))
-    return Data(train, test, [str(label) for label in range(10)], 1, "scikit-learn's digits")
+    return Data(train, test, [str(label) for label in range(10)], 1, "scikit-learn's digits", "digits")
 
 
 class ImageFolder(Dataset):
@@ -101,16 +108,18 @@ class ImageFolder(Dataset):
 
 
 def image_folder(root: Path, size: int) -> Data:
-    """Folders of images, one a class, below `root`/train and `root`/val (or test), or below `root` itself.
+    """Folders of images, one a class, below `root`/train and `root`/val, or below `root` itself.
 
-    In the last case a fifth of each class is held out, the same one each time.
+    What is held out may also be called valid, validation or test. In the last case it is a fifth of each
+    class, the same one each time.
 
     Raises:
         DataError: no such folder, or it has fewer than two classes, or a class without images.
     """
     if not root.is_dir():
         raise DataError(f"--data {root}: there is no such folder")
-    held_out_root = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    names = ("val", "valid", "validation", "test")
+    held_out_root = next((root / name for name in names if (root / name).is_dir()), None)
     if (root / "train").is_dir() and held_out_root is not None:
         train, classes = _files(root / "train")
         test, test_classes = _files(held_out_root)
@@ -131,6 +140,7 @@ def image_folder(root: Path, size: int) -> Data:
         classes,
         3,
         str(root),
+        _fingerprint(root, size, train, test),
     )
 
 
@@ -180,13 +190,24 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def _fingerprint(root: Path, size: int, *parts: list[tuple[Path, int]]) -> str:
+    """Of the files' names, sizes and labels."""
+    found = hashlib.sha256(str(size).encode())
+    for files in parts:
+        found.update(b"\0")
+        for path, label in files:
+            found.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0{label}\n".encode())
+    return found.hexdigest()
+
+
 def _files(root: Path) -> tuple[list[tuple[Path, int]], list[str]]:
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir())
+    folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    classes = sorted(path.name for path in folders)
     if len(classes) < 2:
         raise DataError(f"{root} has {_count(len(classes), 'folder')}, expected at least two, one a class")
     files = []
     for label, name in enumerate(classes):
-        members = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in _SUFFIXES)
+        members = sorted(path for path in (root / name).rglob("[!.]*") if path.suffix.lower() in _SUFFIXES)
         if len(members) < 2:
             raise DataError(f"{root / name} has {_count(len(members), 'image')}, expected at least two")
         files += [(path, label) for path in members]

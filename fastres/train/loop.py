@@ -70,7 +70,7 @@ _PROGRESS_SECONDS = 0.1
 # What may differ between a run and its continuation.
 _FREE = {"workers", "device", "cuda_graph"}
 
-_KEYS = {"settings", "model", "optimizer", "epochs", "random"}
+_KEYS = {"settings", "data", "model", "optimizer", "epochs", "random"}
 
 
 class Run:
@@ -105,7 +105,7 @@ class Run:
         """Continue from the folder's checkpoint.
 
         Raises:
-            ResumeError: there is none, or it is of a run with other settings.
+            ResumeError: there is none, or it is of a run with other settings or data.
         """
         if not self.checkpoint_path.exists():
             raise ResumeError(f"--resume: there is no {self.checkpoint_path}")
@@ -123,10 +123,18 @@ class Run:
                     f"--resume: {self.checkpoint_path} was trained with {name} {theirs}, "
                     f"this run has {value}"
                 )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.epochs = [report.Epoch(**epoch) for epoch in state["epochs"]]
-        checkpoint.restore_random_states(state["random"])
+        if state["data"] != self.data.fingerprint:
+            raise ResumeError(
+                f"--resume: {self.checkpoint_path} was trained on other images than "
+                f"{self.data.description} has now, or on images of another size"
+            )
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.epochs = [report.Epoch(**epoch) for epoch in state["epochs"]]
+            checkpoint.restore_random_states(state["random"])
+        except (RuntimeError, LookupError, TypeError, ValueError) as error:
+            raise ResumeError(f"--resume: {self.checkpoint_path} is damaged") from error
 
     def open_folder(self) -> None:
         """Make the folder, and see that files can be written there.
@@ -176,6 +184,7 @@ class Run:
     def _save_checkpoint(self) -> None:
         state = {
             "settings": asdict(self.settings),
+            "data": self.data.fingerprint,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "epochs": [asdict(epoch) for epoch in self.epochs],
