@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: test test-sanitize train lint build cuda bench gpu clean
+.PHONY: test older test-sanitize train lint build cuda bench gpu clean
 
 train: $(VENV)/.train
 	$(BIN)/fastres train $(ARGS)
@@ -14,6 +14,12 @@ train: $(VENV)/.train
 # not spin, or each holds up the other's.
 test: $(VENV)/.test lint
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# What depends on the version of PyTorch, with another than the pinned one: make older TORCH=torch==2.10.0
+older: $(VENV)/.test
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+	    tests/test_convolution_node.py tests/test_fuse*.py tests/test_ops_errors.py tests/test_residual_blocks.py \
+	    tests/test_sequence*.py tests/test_special_gradients.py
 
 # The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer: a package beside the built library.
 SANITIZED := build/sanitize

@@ -24,6 +24,7 @@ _DICTS = (
 )
 _address = methodcaller("data_ptr")
 _version = attrgetter("_version")
+_values = methodcaller("values")
 _forward = attrgetter("forward")  # of the classes of torch.nn, whose other attributes nobody changes
 
 
@@ -44,7 +45,7 @@ class Snapshot:
         classes = {*self._classes, *map(stock_class, self._modules)}
         self._torch_classes = [cls for cls in classes if from_torch(cls.__module__)]
         self._forwards = list(map(_forward, self._torch_classes))
-        bases = {base for cls in classes for base in cls.__mro__}
+        bases = {base for cls in classes for base in cls.__mro__ if base is not object}
         self._namespaces = [vars(base) for base in bases if not from_torch(base.__module__)]
         self._class_values = self._values_of_classes()
         attributes = [vars(module) for module in self._modules]
@@ -76,7 +77,7 @@ class Snapshot:
         )
 
     def _values_of_classes(self) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, map(dict, self._namespaces))))
+        return list(chain.from_iterable(map(_values, self._namespaces)))
 
     def _same_classes(self) -> bool:
         values = self._values_of_classes()

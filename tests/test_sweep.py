@@ -268,3 +268,15 @@ def test_the_page_in_a_browser(browser, tmp_path):
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     assert not wrong and asked == [path.as_uri()]
     page.close()
+
+
+def test_a_users_file_that_was_edited_is_measured_again(tmp_path, measured):
+    file, path = tmp_path / "model.py", tmp_path / "sweep.json"
+    command_line = (
+        f"sweep --model {file}:build,cifar_resnet20 --batch 2 --image-size 8 --threads 1 --dtype fp32"
+    )
+    for number, (channels, calls) in enumerate([(4, 2), (4, 0), (8, 1), (8, 0)]):
+        measured.clear()
+        file.write_text(f"import torch\ndef build():\n    return torch.nn.Conv2d(3, {channels}, 3)\n")
+        assert main([*command_line.split(), "--repeat", "2", "--out", str(path)]) == 0, number
+        assert len(measured) == calls, number

@@ -1,5 +1,6 @@
 """Models by the names that commands take: fastres's own, other libraries', and a user's functions."""
 
+import hashlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -58,6 +59,12 @@ def build(name: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(f"it returns {type(model).__name__}, expected torch.nn.Module")
     return model
+
+
+def source(name: str) -> str:
+    """What changes with the code of a model's path.py:function; "" of other names."""
+    file = Path(name.rpartition(":")[0])
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".py" and file.is_file() else ""
 
 
 def _own(name: str) -> nn.Module:

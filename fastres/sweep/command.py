@@ -138,7 +138,12 @@ def _begun(arguments: argparse.Namespace, grid: list[Cell]) -> Sweep:
 
 
 def _measure(sweep: Sweep, grid: list[Cell], arguments: argparse.Namespace) -> None:
-    missing = [cell for cell in grid if cell not in sweep.results]
+    source = {cell.model: by_name.source(cell.model) for cell in grid}
+    missing = [
+        cell
+        for cell in grid
+        if cell not in sweep.results or sweep.results[cell].get("source", "") != source[cell.model]
+    ]
     settings = {cell: _settings(cell, arguments) for cell in missing}
     steps = {cell: bench.steps(s, bench.check(s)) for cell, s in settings.items()}
     with shown("sweep", sum(steps.values())) as advance:
@@ -151,7 +156,7 @@ def _measure(sweep: Sweep, grid: list[Cell], arguments: argparse.Namespace) -> N
                 done += 1
                 advance()
 
-            sweep.results[cell] = _result(settings[cell], step)
+            sweep.results[cell] = {"source": source[cell.model], **_result(settings[cell], step)}
             advance(steps=steps[cell] - done)
             sweep.write(arguments.out)
 

@@ -53,8 +53,9 @@ class Sweep:
         machine: likewise.
 
     Attributes:
-        results: by cell; {"error": why} for one that cannot run, else "images_per_second" and
-            "seconds_by_round" by variant and "speedup" {median, low, high} by stock variant.
+        results: by cell; "source" of the model and {"error": why} for one that cannot run, else
+            "images_per_second" and "seconds_by_round" by variant and "speedup" {median, low, high} by stock
+            variant.
     """
 
     def __init__(self, settings: dict, machine: dict) -> None:
