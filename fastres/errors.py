@@ -6,10 +6,18 @@ from difflib import get_close_matches
 
 def first_line(error: BaseException) -> str:
     """Of its message, or its type where it has none: PyTorch's go on with notes for developers."""
-    line = str(error).strip().partition("\n")[0]
     if isinstance(error, KeyError):  # whose message is the key alone
-        return f"KeyError: {line}"
-    return line or type(error).__name__
+        return with_type(error)
+    return _line(error) or type(error).__name__
+
+
+def with_type(error: BaseException) -> str:
+    """The same behind the error's type."""
+    return f"{type(error).__name__}: {_line(error)}"
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def did_you_mean(name: str, names: Iterable[str], otherwise: str) -> str:

@@ -11,7 +11,7 @@ from types import ModuleType
 from torch import nn
 
 from fastres import models
-from fastres.errors import did_you_mean, first_line
+from fastres.errors import did_you_mean, with_type
 
 # As in the configurations of microsoft/resnet-*.
 _TRANSFORMERS_DEPTHS = {
@@ -55,7 +55,7 @@ def build(name: str) -> nn.Module:
     try:
         model = make()
     except (Exception, SystemExit) as error:
-        raise ValueError(f"building it raised {type(error).__name__}: {first_line(error)}") from error
+        raise ValueError(f"building it raised {with_type(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"it returns {type(model).__name__}, expected torch.nn.Module")
     return model
@@ -147,9 +147,7 @@ def _from_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # a script that is not meant to be imported may exit
         del sys.modules[spec.name]
-        raise ValueError(
-            f"{path} cannot be imported: {type(error).__name__}: {first_line(error)}"
-        ) from error
+        raise ValueError(f"{path} cannot be imported: {with_type(error)}") from error
     return module
 
 
@@ -160,6 +158,4 @@ def _imported(name: str) -> ModuleType:
         package = name.partition(".")[0]
         if isinstance(error, ModuleNotFoundError) and error.name == package:
             raise ValueError(f"{package} is not installed") from error
-        raise ValueError(
-            f"{name} cannot be imported: {type(error).__name__}: {first_line(error)}"
-        ) from error
+        raise ValueError(f"{name} cannot be imported: {with_type(error)}") from error
