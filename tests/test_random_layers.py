@@ -59,4 +59,8 @@ def test_a_random_layer(seed):
         _C.select_cpu_isa(before)
     assert ours.keys() == stock.keys()
     for name in ours:
+        # PyTorch's bf16 convolutions on AMX read what nobody wrote, of images of one or two pixels' width.
+        if reference[name].isfinite().all() and not stock[name].isfinite().all():
+            assert ours[name].isfinite().all(), name
+            continue
         assert_accurate(name, ours[name], stock[name], reference[name])
