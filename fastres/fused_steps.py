@@ -18,10 +18,11 @@ def _count(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
 
 
 @functools.cache
-def count_from_now_on() -> None:
+def _count_from_now_on() -> None:
     register_optimizer_step_post_hook(_count)
 
 
 def fused_steps() -> int:
-    """So many there were since somebody first asked to count them."""
+    """So many there were since somebody first asked."""
+    _count_from_now_on()
     return _steps

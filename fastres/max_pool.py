@@ -129,7 +129,7 @@ def _before_max_pool(pool: MaxPool, grad: Tensor, index: Tensor, input: Tensor) 
     column = torch.arange(columns, device=grad.device) * pool.stride[1] - pool.padding[1]
     pixel = (row + tap // pool.kernel_size[1]) * width + column + tap % pool.kernel_size[1]
     zeros = grad.new_zeros(batch, channels, height * width)
-    spread = zeros.scatter_add(2, pixel.flatten(2), grad.flatten(2))
+    spread = zeros.scatter_add(2, pixel.flatten(2), grad.reshape(batch, channels, -1))
     return spread.view(batch, channels, height, width)
 
 

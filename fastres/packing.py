@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastres import _C
-from fastres.fused_steps import count_from_now_on, fused_steps
+from fastres.fused_steps import fused_steps
 
 _pack = torch.ops.fastres.conv_pack_weight.default
 
@@ -30,7 +30,6 @@ _kept: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by weight
 
 def keep_packed(weight: Tensor) -> None:
     """From now on pack this weight once, and again after a change that autograd or an optimizer makes."""
-    count_from_now_on()
     _kept.setdefault(weight, _Packed())
 
 

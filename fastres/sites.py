@@ -326,6 +326,7 @@ def residual_block(
 
 def _as_one(branch, shortcut: nn.Module | None, input: Tensor) -> Tensor | None:
     """None where the layers are to run one by one."""
+    # A Proxy comes no further: `cases` is code that a trace would have to vet.
     if not isinstance(input, Tensor) or input.dim() != 4 or cases.is_traced():
         return None
     if not torch.is_grad_enabled() or _why_no_site():

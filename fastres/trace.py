@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import dis
+import functools
 import gc
 import inspect
 import keyword
@@ -155,15 +156,20 @@ def check_class(module: nn.Module) -> FunctionType:
         raise Untraceable("its forward is not a plain function")
     if not swappable(cls):
         raise Untraceable("its class overrides attribute access, has a metaclass or has slots")
-    if any(map(_calls_super_of_instance, own_functions(cls))):
+    if _calls_super_of_instance(cls):
         raise Untraceable("a method calls super() of self.__class__, which in a subclass never ends")
     if from_torch(forward.__module__ or "") and forward is not nn.Sequential.forward:
         raise Untraceable("its forward is torch's own")
     return forward
 
 
-def _calls_super_of_instance(function: FunctionType) -> bool:
-    """Whether it says super(self.__class__, self) or super(type(self), self)."""
+@functools.cache
+def _calls_super_of_instance(cls: type[nn.Module]) -> bool:
+    """Whether a method says super(self.__class__, self) or super(type(self), self)."""
+    return any(map(_is_super_of_instance, own_functions(cls)))
+
+
+def _is_super_of_instance(function: FunctionType) -> bool:
     instructions = [i for i in dis.get_instructions(function) if i.opname not in ("PUSH_NULL", "CACHE")]
     for called, first, second in zip(instructions, instructions[1:], instructions[2:], strict=False):
         if called.opname == "LOAD_GLOBAL" and called.argval == "super":

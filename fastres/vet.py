@@ -138,9 +138,8 @@ def vet_frame(frame: FrameType) -> None:
 
 
 def _is_constant(instruction: dis.Instruction) -> bool:
-    return instruction.opname in ("LOAD_CONST", "RETURN_CONST") and any(
-        instruction.argval is constant for constant in (None, True, False)
-    )
+    value = instruction.argval
+    return instruction.opname == "LOAD_CONST" and (value is None or value is True or value is False)
 
 
 def _asks_for_none(instructions: list[dis.Instruction], at: int) -> bool:

@@ -103,15 +103,17 @@ def swappable(cls: type[nn.Module]) -> bool:
 
 def own_names(cls: type[nn.Module]) -> set[str]:
     """What the class and its bases define below nn.Module."""
-    return {name for base in cls.__mro__ if base not in (nn.Module, object) for name in vars(base)}
+    return {name for base in _own_bases(cls) for name in vars(base)}
 
 
-@functools.cache
-def own_functions(cls: type[nn.Module]) -> tuple[FunctionType, ...]:
+def own_functions(cls: type[nn.Module]) -> list[FunctionType]:
     """The functions among these, but for __init__, which no instance calls again."""
-    bases = [base for base in cls.__mro__ if base not in (nn.Module, object)]
-    values = [value for base in bases for name, value in vars(base).items() if name != "__init__"]
-    return tuple(value for value in values if isinstance(value, FunctionType))
+    members = [member for base in _own_bases(cls) for member in vars(base).items()]
+    return [value for name, value in members if isinstance(value, FunctionType) and name != "__init__"]
+
+
+def _own_bases(cls: type[nn.Module]) -> list[type]:
+    return [base for base in cls.__mro__ if base not in (nn.Module, object)]
 
 
 def plain(value: Any) -> bool:

@@ -24,7 +24,8 @@ FASTRES_ALWAYS Vec<float> select(Vec<float> from, I32 words) {
     return __builtin_shuffle(from, words);
 }
 
-// Long sums are added up in parts, which takes 3 % longer: PyTorch's of floats are as exact.
+// Long sums are added up in parts, at a few instructions more of a hundred: PyTorch's of floats are as
+// exact.
 inline constexpr int64_t kMostGroupTerms = 64;
 
 // Each word of a pixel is brought to its lanes once for all taps of a run that see the pixel.

@@ -130,10 +130,6 @@ def _resnet(
     if hasattr(weights, "get_state_dict"):  # a member of a torchvision weights enum
         kwargs.setdefault("num_classes", len(weights.meta["categories"]))
         weights = weights.get_state_dict(progress=progress, check_hash=True)
-    elif not isinstance(weights, (Mapping, str, PathLike)):
-        raise TypeError(
-            f"weights={weights!r}: expected None, a state_dict, a path or torchvision's weights"
-        )
     elif not isinstance(weights, Mapping):
         try:
             weights = torch.load(weights, map_location="cpu", weights_only=True)
@@ -141,6 +137,10 @@ def _resnet(
             raise FileNotFoundError(
                 f"weights={weights!r} is no file; fastres has none of its own, and takes a state_dict, "
                 "the path of one, or a member of torchvision's weights such as ResNet50_Weights.DEFAULT"
+            ) from error
+        except AttributeError as error:  # of torch.load, which takes open files, too
+            raise TypeError(
+                f"weights={weights!r}: expected None, a state_dict, a path or torchvision's weights"
             ) from error
     model = ResNet(block, layers, **kwargs)
     model.load_state_dict(weights)

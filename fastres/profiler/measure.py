@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastres import sites
+from fastres.errors import first_line
 from fastres.fuse import fuse
 from fastres.inference import optimize_for_inference
 from fastres.profiler import limits
@@ -216,8 +217,7 @@ class _Subject:
         except ProfileError:
             raise
         except (ValueError, TypeError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
-            message = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise ProfileError(f"the model cannot run these settings: {message}") from error
+            raise ProfileError(f"the model cannot run these settings: {first_line(error)}") from error
 
     def settings(self, name: str) -> dict:
         return {

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fastres import bench, memory
+from fastres.errors import first_line
 from fastres.models import by_name
 from fastres.progress import shown
 from fastres.sweep.grid import Cell, Sweep, SweepError, cells
@@ -166,7 +167,7 @@ def _result(settings: argparse.Namespace, advance: Callable[[], object]) -> dict
         result = bench.measure(settings, bench.check(settings), advance)
     # What a model raises that is too large for the memory, or has images that are too small for it.
     except (bench.BenchError, RuntimeError, MemoryError) as error:
-        return {"error": str(error).partition("\n")[0] or type(error).__name__}
+        return {"error": first_line(error)}
     finally:
         if settings.against != "eager":
             torch.compiler.reset()  # else one process compiles a model's forward for a few cells only
