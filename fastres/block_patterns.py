@@ -1,8 +1,8 @@
 """Finding residual blocks among the calls of a rewritten forward, to run each as one call.
 
 A block is a run of `sites.conv_bn_act`, the last of which adds what the first one took, as it is or as a
-shortcut gives it. Nothing is moved: but for the shortcut's call and those of nn.Identity, which are left
-out, no other lies between them.
+shortcut gives it: any module, or a convolution and a batch norm. Nothing is moved: but for the shortcut's
+call and those of nn.Identity, which are left out, no other lies between them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _Block:
     Attributes:
         layers: the calls of sites, in order.
         input: what goes into the block.
-        shortcut: the call of the shortcut; None for the identity.
+        shortcut: the call of the shortcut, of a module or a site; None for the identity.
         identities: calls of nn.Identity between them.
     """
 
@@ -58,26 +58,40 @@ def join_blocks(traced: Trace) -> list[Guard]:
 def _block_that_ends_in(traced: Trace, node: fx.Node) -> _Block | None:
     if node.target not in (sites.conv_bn_act, inplace.conv_bn_act) or not _is_plain(node, adds=True):
         return None
-    *_, input, residual = node.args
-    shortcut = residual if traced.calls(residual) and used_once(residual) else None
-    source = residual if shortcut is None else shortcut.args[0]
-    block = _Block([node], source, shortcut, [])
+    identities: list[fx.Node] = []
+
+    def before(value: fx.Node) -> fx.Node:
+        while traced.calls(value, nn.Identity) and used_once(value):
+            identities.append(value)
+            value = value.args[0]
+        return value
+
+    input, residual = map(before, node.args[3:])
+    shortcut = residual if _is_shortcut(traced, residual) else None
+    source = residual if shortcut is None else before(_input_of(shortcut))
+    block = _Block([node], source, shortcut, identities)
     while input is not source:
-        if traced.calls(input, nn.Identity) and used_once(input):
-            block.identities.append(input)
-            input = input.args[0]
-        elif input.target is sites.conv_bn_act and used_once(input) and _is_plain(input, adds=False):
-            block.layers.insert(0, input)
-            input = input.args[3]
-        else:
+        if not (input.target is sites.conv_bn_act and used_once(input) and _is_plain(input, adds=False)):
             return None
+        block.layers.insert(0, input)
+        input = before(_input_of(input))
     fits = len(block.layers) > 1 and _follow_each_other(block.nodes) and _shortcut_is_at_an_end(block)
     return block if fits else None
 
 
-def _is_plain(call: fx.Node, adds: bool) -> bool:
-    """Whether a site ends in a ReLU and no pool, and has a sum or not."""
-    return call.kwargs["relu"] and "pool" not in call.kwargs and (call.args[4] is not None) == adds
+def _is_plain(call: fx.Node, adds: bool, relu: bool = True) -> bool:
+    """Whether a site ends in a ReLU or not and in no pool, and has a sum or not."""
+    ends = call.kwargs["relu"] == relu and "pool" not in call.kwargs
+    return ends and (call.args[4] is not None) == adds
+
+
+def _is_shortcut(traced: Trace, value: fx.Node) -> bool:
+    layer = value.target is sites.conv_bn_act and _is_plain(value, adds=False, relu=False)
+    return used_once(value) and (layer or traced.calls(value))
+
+
+def _input_of(call: fx.Node) -> fx.Node:
+    return call.args[3 if call.target is sites.conv_bn_act else 0]
 
 
 def _follow_each_other(nodes: list[fx.Node]) -> bool:
@@ -104,7 +118,10 @@ def _replace(graph: fx.Graph, block: _Block) -> None:
     options |= {key: value for key, value in last.kwargs.items() if key == "into_residual"}
     call = (inplace if last.target is inplace.conv_bn_act else sites).residual_block
     with graph.inserting_before(last):
-        shortcut = block.shortcut and graph.create_node("get_attr", block.shortcut.target)
+        if block.shortcut is None or block.shortcut.target is sites.conv_bn_act:
+            shortcut = block.shortcut and block.shortcut.args[:2]
+        else:
+            shortcut = graph.create_node("get_attr", block.shortcut.target)
         joined = graph.call_function(call, (branch, shortcut, block.input), options)
     last.replace_all_uses_with(joined)
     for node in reversed(nodes):

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map
 from fastres import recording
 from fastres.aliasing import used_once
 from fastres.fuse import Variant, is_fused, variants_of, why_stock
-from fastres.patterns import BATCH_NORMS
+from fastres.nodes import BATCH_NORMS
 from fastres.vet import Untraceable
 from fastres.watch import Reason, is_torch_layer
 

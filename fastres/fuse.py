@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from fastres.block_patterns import join_blocks
 from fastres.generated import compiled
-from fastres.patterns import Chain, containers_to_inline, find_chains, rewrite
+from fastres.inlining import containers_to_inline
+from fastres.patterns import Chain, find_chains, rewrite
 from fastres.trace import Trace, check_class, trace
 from fastres.vet import Untraceable
 from fastres.watch import ForeignInit, Guard, Reason, equals, is_torch_layer, own_names, stock_class
@@ -105,12 +106,13 @@ class Variant:
 
     def __init__(self, module: nn.Module, training: bool) -> None:
         self.traced: Trace = trace(module, training=training)
-        self.inlined = containers_to_inline(self.traced)
-        if self.inlined:
+        self.inlined: frozenset[nn.Module] = frozenset()
+        if inlined := containers_to_inline(self.traced):
             try:
-                self.traced = trace(module, training=training, inline=self.inlined)
+                self.traced = trace(module, training=training, inline=inlined)
+                self.inlined = inlined
             except Untraceable:
-                self.inlined = frozenset()
+                pass
         self.chains: list[Chain] = find_chains(self.traced)
 
     def depends_on_mode(self) -> bool:

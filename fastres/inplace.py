@@ -46,7 +46,7 @@ def conv_bn_act(
 
 def residual_block(
     branch: Sequence[tuple[nn.Module, nn.Module, nn.Module | None]],
-    shortcut: nn.Module | None,
+    shortcut: sites.Shortcut,
     input: Tensor,
     *,
     shortcut_first: bool,

@@ -16,29 +16,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
 from fastres import inplace, sites
 from fastres.aliasing import Memory, used_once
-from fastres.trace import Trace, check_class, trace, untouched
-from fastres.vet import Untraceable
+from fastres.inlining import line_to
+from fastres.nodes import BATCH_NORMS, addends, is_relu, use_of
+from fastres.trace import Trace, untouched
 from fastres.watch import Guard, Reason, module_code, stock_class
-
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
-_NO_TENSOR = (
-    "size",
-    "stride",
-    "dim",
-    "ndimension",
-    "numel",
-    "nelement",
-    "item",
-    "tolist",
-    "element_size",
-    "type",
-)
-_RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 
 
 @dataclass
@@ -76,9 +60,10 @@ def find_chains(traced: Trace) -> list[Chain]:
     memory = Memory(traced)
     nodes = list(traced.graph.nodes)
     # From the last to the first: of two batch norms that are added, the later one moves past fewer calls.
-    proposals = [
-        _around_batch_norm(traced, node) for node in reversed(nodes) if traced.calls(node, *BATCH_NORMS)
-    ]
+    # But the one of a shortcut comes after that of the branch, which makes a residual block.
+    norms = [node for node in reversed(nodes) if traced.calls(node, *BATCH_NORMS)]
+    norms.sort(key=lambda node: _ends_shortcut(traced, node))
+    proposals = [_around_batch_norm(traced, node) for node in norms]
     proposals += [_around_sum(traced, node) for node in nodes if addends(node)]
     taken: set[fx.Node] = set()
     chains = []
@@ -91,44 +76,14 @@ def find_chains(traced: Trace) -> list[Chain]:
     return chains
 
 
-def is_relu(traced: Trace, node: fx.Node) -> bool:
-    """Whether the node is a ReLU of one value, as a module, a function or a method."""
-    if node.op == "call_module":
-        return traced.calls(node, nn.ReLU)
-    if node.op not in ("call_function", "call_method") or node.target not in _RELUS:
+def _ends_shortcut(traced: Trace, bn: fx.Node) -> bool:
+    """Whether what the batch norm gives is added to what a longer branch makes of the same value."""
+    user, identities = use_of(traced, bn)
+    if user is None or not addends(user):
         return False
-    others = (*node.args[1:], *(value for key, value in node.kwargs.items() if key != "input"))
-    return all(isinstance(value, bool) for value in others) and len(node.all_input_nodes) == 1
-
-
-def addends(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The two tensors whose sum the node is, if it is one; in place, it is written to the first."""
-    if node.op not in ("call_function", "call_method") or node.target not in _ADDITIONS:
-        return None
-    values = (*node.args, *(node.kwargs[key] for key in ("input", "other") if key in node.kwargs))
-    options = {key: value for key, value in node.kwargs.items() if key not in ("input", "other")}
-    if options not in ({}, {"alpha": 1}) or len(values) != 2:
-        return None
-    return values if all(isinstance(value, fx.Node) and _is_tensor(value) for value in values) else None
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    """Whether the value is a tensor for certain, and not for example a size."""
-    if node.op == "call_function" and node.target.__module__ in ("builtins", "_operator"):
-        return node.target not in (getattr, operator.getitem) and any(map(_is_tensor, node.all_input_nodes))
-    return node.op != "call_method" or not node.target.startswith(_NO_TENSOR + ("is_", "get_"))
-
-
-def _use(traced: Trace, node: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
-    """The use of a value that is used once, and the calls of nn.Identity on the way to it."""
-    identities: list[fx.Node] = []
-    while used_once(node):
-        user = next(iter(node.users))
-        if not traced.calls(user, nn.Identity):
-            return user, identities
-        identities.append(user)
-        node = user
-    return None, identities
+    value = identities[-1] if identities else bn
+    own, other = (line_to(traced, addend) for addend in sorted(addends(user), key=lambda a: a is not value))
+    return own.begin is other.begin and own.convolutions == 1 < other.convolutions
 
 
 def _around_batch_norm(traced: Trace, bn: fx.Node) -> Iterator[Chain]:
@@ -140,12 +95,12 @@ def _around_batch_norm(traced: Trace, bn: fx.Node) -> Iterator[Chain]:
     for first in (conv, bn) if conv else (bn,):
         modules = {"conv": conv if first is conv else None, "bn": bn, "input": first.args[0]}
         modules["call"] = sites.conv_bn_act if first is conv else sites.bn_act
-        user, identities = _use(traced, bn)
+        user, identities = use_of(traced, bn)
         if user is not None and addends(user):
             value = identities[-1] if identities else bn
             (residual,) = (addend for addend in addends(user) if addend is not value)
             modules_and_sum = modules | {"add": user, "residual": residual}
-            act, more = _use(traced, user)
+            act, more = use_of(traced, user)
             if act is not None and is_relu(traced, act):
                 yield Chain(act=act, identities=(*identities, *more), **modules_and_sum)
             if first is conv:
@@ -157,7 +112,7 @@ def _around_batch_norm(traced: Trace, bn: fx.Node) -> Iterator[Chain]:
 
 
 def _around_sum(traced: Trace, add: fx.Node) -> Iterator[Chain]:
-    act, identities = _use(traced, add)
+    act, identities = use_of(traced, add)
     if act is not None and is_relu(traced, act):
         first, second = addends(add)
         yield Chain(sites.add_act, first, second, add=add, act=act, identities=tuple(identities))
@@ -187,50 +142,6 @@ def _unobservable(traced: Trace, chain: Chain, memory: Memory) -> bool:
             if chain.residual and chain.add < node and memory.overlap(value, chain.residual):
                 return False
     return True
-
-
-def containers_to_inline(traced: Trace) -> frozenset[nn.Module]:
-    """Children that end in the batch norm of a residual sum, for each sum that has none in this forward."""
-    found: list[nn.Module] = []
-    for add in traced.graph.nodes:
-        user = _use(traced, add)[0] if addends(add) else None
-        if user is None or not is_relu(traced, user):
-            continue
-        calls = sorted(
-            filter(None, (_call_behind(traced, addend) for addend in addends(add))), reverse=True
-        )
-        if not any(traced.calls(call, *BATCH_NORMS) for call in calls):
-            found += next(filter(None, (_path_to_batch_norm(traced, call) for call in calls)), [])
-    return frozenset(found)
-
-
-def _call_behind(traced: Trace, value: fx.Node) -> fx.Node | None:
-    """The call that made a value which is used once, looked up through nn.Identity."""
-    while used_once(value):
-        if not traced.calls(value, nn.Identity):
-            return value
-        value = value.args[0]
-    return None
-
-
-def _path_to_batch_norm(traced: Trace, call: fx.Node) -> list[nn.Module]:
-    """The called container and those in it around its last batch norm; nothing if it ends otherwise."""
-    if not traced.calls(call):
-        return []
-    container = traced.callee(call)
-    try:
-        check_class(container)
-        inner = trace(container, training=traced.training)
-    except Untraceable:
-        return []
-    (result,) = next(node for node in inner.graph.nodes if node.op == "output").args
-    result = _call_behind(inner, result) if isinstance(result, fx.Node) else None
-    if result is None or not untouched(container, stock_class(container)):
-        return []
-    if inner.calls(result, *BATCH_NORMS):
-        return [container]
-    path = _path_to_batch_norm(inner, result)
-    return [container, *path] if path else []
 
 
 def rewrite(traced: Trace, chains: list[Chain], inlined: frozenset[nn.Module]) -> list[Guard]:

@@ -39,6 +39,8 @@ def register_container(kind: type[nn.Module]) -> None:
     _CONTAINERS.add(kind)
 
 
+# As `sites.residual_block` takes it.
+Shortcut = nn.Module | tuple[nn.Module, nn.Module] | None
 Add = Callable[[Tensor, Tensor], Tensor]
 Result = TypeVar("Result")
 
@@ -292,7 +294,7 @@ def add_act(act: nn.Module | None, input: Tensor, other: Tensor, *, add: Add = t
 
 def residual_block(
     branch: Sequence[tuple[nn.Module, nn.Module, nn.Module | None]],
-    shortcut: nn.Module | None,
+    shortcut: Shortcut,
     input: Tensor,
     *,
     shortcut_first: bool = False,
@@ -303,8 +305,8 @@ def residual_block(
     Args:
         branch: the layers of F, each of a convolution, a batch norm and the ReLU behind it, the last of
             which follows the sum; at least two. As of :func:`conv_bn_act`.
-        shortcut: any module; None for the identity. A plain nn.Sequential of an nn.Conv2d and an
-            nn.BatchNorm2d is run together with the branch.
+        shortcut: any module; or a convolution and a batch norm; None for the identity. An nn.Conv2d and an
+            nn.BatchNorm2d, also in a plain nn.Sequential, are run together with the branch.
         input: (N, C, H, W).
         shortcut_first: whether the shortcut is called before the branch, not just before the sum.
         end: runs the last layer where the layers run one by one.
@@ -324,7 +326,7 @@ def residual_block(
     return end(*branch[-1], values, residual, relu=True)
 
 
-def _as_one(branch, shortcut: nn.Module | None, input: Tensor) -> Tensor | None:
+def _as_one(branch, shortcut: Shortcut, input: Tensor) -> Tensor | None:
     """None where the layers are to run one by one."""
     # A Proxy comes no further: `cases` is code that a trace would have to vet.
     if not isinstance(input, Tensor) or input.dim() != 4 or cases.is_traced():
@@ -360,9 +362,10 @@ def _as_one(branch, shortcut: nn.Module | None, input: Tensor) -> Tensor | None:
     return residual_blocks.residual_block(block, by, call, input)
 
 
-def _through(shortcut: nn.Module, input: Tensor) -> Tensor:
+def _through(shortcut: nn.Module | tuple[nn.Module, nn.Module], input: Tensor) -> Tensor:
     """shortcut(input), by the site that it is where the block runs as one."""
-    projection = None if _why_each_call_is_seen() else _conv_and_bn(shortcut)
+    joined = type(shortcut) is tuple or not _why_each_call_is_seen()
+    projection = _conv_and_bn(shortcut) if joined else None
     return shortcut(input) if projection is None else conv_bn_act(*projection, None, input, relu=False)
 
 
@@ -373,13 +376,27 @@ def _layer(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Layer:
     return Layer(conv.weight, *vectors, geometry, bn.momentum, bn.eps)
 
 
-def _conv_and_bn(shortcut: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+def is_projection(shortcut: nn.Module) -> bool:
+    """Whether residual_block() runs it together with the branch."""
+    return _conv_and_bn(shortcut) is not None
+
+
+def _conv_and_bn(shortcut: nn.Module | tuple[nn.Module, nn.Module]) -> tuple[nn.Module, nn.Module] | None:
     """The two modules that calling a shortcut calls, if it does no more than that."""
+    if type(shortcut) is tuple:
+        return shortcut
     kind = getattr(type(shortcut), "_stock_class", type(shortcut))
-    if kind not in _CONTAINERS or len(shortcut._modules) != 2 or _why_called_otherwise(shortcut):
+    if kind not in _CONTAINERS or _why_called_otherwise(shortcut):
         return None
-    conv, bn = shortcut._modules.values()
+    layers = [layer for layer in shortcut._modules.values() if not _does_nothing(layer)]
+    if len(layers) != 2:
+        return None
+    conv, bn = layers
     return (conv, bn) if type(conv) in _CONV and type(bn) in _BN_AFTER_CONV else None
+
+
+def _does_nothing(module: nn.Module) -> bool:
+    return type(module) is nn.Identity and _why_called_otherwise(module) is None
 
 
 def max_pool(pool: nn.Module, input: Tensor) -> Tensor:

@@ -71,7 +71,9 @@ def test_every_block_of_transformers(torchvision):
     )
     model = fuse(transformers.ResNetForImageClassification(config))
     explanation = explain(model, {"pixel_values": torch.randn(2, 3, 32, 32)})
-    assert explanation.summary == "10 of 10 blocks fused"
+    assert explanation.summary == "5 of 5 blocks fused"
+    assert explanation.rows[-1].name == "resnet.encoder.stages.1.layers.1"
+    assert explanation.rows[-1].ran == ("conv_bn_relu", "conv_bn_add_relu")
 
 
 def test_a_model_that_is_not_fused(model, x):
