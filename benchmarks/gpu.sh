@@ -187,23 +187,16 @@ if command -v cuobjdump >/dev/null && command -v nvdisasm >/dev/null; then
     finish kernels
 fi
 
-# Correctness: side by side, as nothing here is timed.
 mapfile -t files < <(grep -lw device tests/test_*.py)
-tests=("$python" -m pytest -m cuda -p no:cacheprovider "${files[@]}")
-cases=("$python" benchmarks/sanitizer_cases.py)
-tools=(memcheck racecheck initcheck synccheck)
+tests=("$python" -m pytest -m cuda -p no:cacheprovider --tb short --maxfail 20 "${files[@]}")
 if [[ -n $dry_run ]]; then
     passed=checked
     start tests 0 "${tests[@]}" --collect-only
-    for tool in "${tools[@]}"; do start "$tool" 0 "${cases[@]}" --device cpu; done
 else
-    start tests 180 "${tests[@]}"
-    for tool in "${tools[@]}"; do
-        start "$tool" 150 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-            compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 20 "${cases[@]}"
-    done
+    # A test that hangs tells where, and one after which there is no time left is the last one.
+    start tests 180 "${tests[@]}" --stop-after 160 -o faulthandler_timeout=60
 fi
-finish tests "${tools[@]}"
+finish tests
 
 # Speed: one after the other.
 bandwidth=("$python" benchmarks/bandwidth.py --device cuda --batch "$batch" --seconds 1)
@@ -225,4 +218,17 @@ done
 start profile 90 "$python" -m fastres profile --device cuda --dtype bf16 --model resnet50 --batch "$batch" \
     --json "$output-profile.json" "${toy[@]}"
 finish profile
+
+# What is left of the time: side by side, as nothing here is timed.
+cases=("$python" benchmarks/sanitizer_cases.py)
+tools=(memcheck racecheck initcheck synccheck)
+for tool in "${tools[@]}"; do
+    if [[ -n $dry_run ]]; then
+        start "$tool" 0 "${cases[@]}" --device cpu
+    else
+        start "$tool" 150 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+            compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 20 "${cases[@]}"
+    fi
+done
+finish "${tools[@]}"
 conclude

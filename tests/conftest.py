@@ -4,6 +4,7 @@ import contextlib
 import re
 import shutil
 import sys
+import time
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,20 @@ from torch.utils.data import TensorDataset
 from fastres import _C, convolution, kernels, residual_blocks, sequences, tuning
 from fastres.recompute import set_recompute
 from fastres.train import data as train_data
+
+_STARTED = time.monotonic()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--stop-after", type=float, metavar="SECONDS", help="begin no test after that time")
+
+
+def pytest_runtest_teardown(item):
+    """Out of time, what has failed is to be told: a process that is killed says nothing."""
+    most = item.config.getoption("--stop-after")
+    if most is not None and time.monotonic() - _STARTED > most:
+        item.session.shouldstop = "out of time"
+
 
 _declared = []  # keeps the library's registrations alive
 

@@ -125,7 +125,7 @@ def test_without_a_gpu_it_is_a_dry_run(tree):
     (tree / "bin" / "python").write_text(PYTHON.replace("exit 3", "exit 0"))
     done = run(tree)
     assert done.returncode == 0, done.stdout
-    assert "only the command lines were checked of: tests memcheck" in done.stdout
+    assert "only the command lines were checked of: tests channels_last" in done.stdout
     log = (tree / "build" / "gpu-dry-run.log").read_text()
     assert "--model resnet18 --mode infer" in log and "--device cpu --model cifar_resnet20" in log
     assert not list((tree / "out").iterdir())  # where measurements go
@@ -161,3 +161,9 @@ def test_an_unknown_argument_gets_a_sentence(tree):
     done = run(tree, "--fast")
     assert done.returncode == 2
     assert "unknown argument '--fast'" in done.stderr and not (tree / "build").exists()
+
+
+def test_tests_that_run_out_of_time_tell_what_failed():
+    few = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", "unknown or shortens"]
+    done = subprocess.run([*few, "-v", "--stop-after", "0"], capture_output=True, text=True, timeout=120)
+    assert "1 passed" in done.stdout and "out of time" in done.stdout, done.stdout

@@ -175,8 +175,8 @@ def test_keeps_its_digits_where_the_mean_is_far_from_zero(
 ):
     if emulated and (mean > 1e2 or any_isa != "scalar"):
         pytest.skip("stock adds up in double on the CPU, and no instruction set plays a part")
-    if device == "cuda" and dtype == torch.float64:
-        dtype = torch.float32
+    if device == "cuda" and (any_isa != "scalar" or dtype == torch.float64):
+        pytest.skip("CUDA has no float64, and no instruction set of the CPU plays a part")
     check(dtype, channels_last, (7, 24, 13, 11), device, mean=mean)
 
 
@@ -217,7 +217,12 @@ def test_nan_and_inf_go_where_stock_lets_them_go(value, training, channels_last,
             case.residual[0, 7, 1, 1] = value
         stock = case.run(fused=False, dtype=torch.float32, channels_last=channels_last)
         fused = case.run(fused=True, dtype=torch.float32, channels_last=channels_last)
+        # An infinite sum's mean is infinite, one about a moving mean NaN: stock has CUDA kernels of both.
+        either = device == "cuda" and training and math.isinf(value)
         for name in stock:
+            if either and name == "running_mean":
+                assert torch.equal(fused[name].isfinite(), stock[name].isfinite()), name
+                continue
             assert torch.equal(fused[name].isnan(), stock[name].isnan()), name
             assert torch.equal(fused[name].isinf(), stock[name].isinf()), name
 

@@ -21,7 +21,13 @@ FASTRES_ALWAYS I32 load_words(const int32_t* words) {
 }
 
 FASTRES_ALWAYS Vec<float> select(Vec<float> from, I32 words) {
+#if defined(__clang__)
+    Vec<float> v;
+    for (int i = 0; i < kLanes<float>; ++i) v[i] = from[words[i]];
+    return v;
+#else
     return __builtin_shuffle(from, words);
+#endif
 }
 
 // Long sums are added up in parts, at a few instructions more of a hundred: PyTorch's of floats are as

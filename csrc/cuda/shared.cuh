@@ -5,10 +5,11 @@
 
 namespace fastres::cuda {
 
-// An array for all threads of the block. `Owner` tells it from others of its type and size.
+// An array for all threads of the block, aligned to 16 bytes. `Owner` tells it from others of its type and
+// size.
 template <class Owner, class T, int n>
 __device__ __forceinline__ T* shared_array() {
-    __shared__ T array[n];
+    __shared__ alignas(16) T array[n];
     return array;
 }
 

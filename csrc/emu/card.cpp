@@ -3,6 +3,7 @@
 #include <exception>
 #include <map>
 #include <string>
+#include <utility>
 
 #include "cuda_runtime.h"
 
@@ -11,10 +12,11 @@ namespace {
 constexpr int kSharedBytes = 228 << 10;
 constexpr int kReservedBytes = 1 << 10;         // of each block
 constexpr int kUnaskedDynamicBytes = 48 << 10;  // what a block may have with no attribute set
+constexpr unsigned kMostThreads = 1024;         // of a block
 constexpr std::size_t kStaticBytes = 16 << 10;  // what each kernel is taken to have itself
 
 std::string message = "no error";
-std::map<const void*, int> most_dynamic_bytes;
+std::map<std::pair<int, const void*>, int> most_dynamic_bytes;  // by device and kernel
 int cooperative_launches = 0, overlapping_launches = 0;
 int current_device = 0;
 int ptx_version = 90;  // of all kernels
@@ -49,7 +51,9 @@ cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config,
     if (config.stream != callers_stream)
         return failed(cudaErrorStreamMismatch, "not on the caller's stream");
     if (shape.blocks == 0) return failed(cudaErrorInvalidConfiguration, "a grid of no blocks");
-    const auto asked = most_dynamic_bytes.find(kernel);
+    if (config.blockDim.x > kMostThreads)
+        return failed(cudaErrorInvalidConfiguration, "too many threads in a block");
+    const auto asked = most_dynamic_bytes.find({current_device, kernel});
     const int most = asked == most_dynamic_bytes.end() ? kUnaskedDynamicBytes : asked->second;
     if (shape.dynamic_bytes > static_cast<std::size_t>(most))
         return failed(cudaErrorInvalidValue, "more dynamic shared memory than the kernel asked for");
@@ -124,7 +128,10 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
 }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute which, int value) {
-    if (which == cudaFuncAttributeMaxDynamicSharedMemorySize) most_dynamic_bytes[kernel] = value;
+    if (which != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+    if (value + static_cast<int>(kStaticBytes) > kSharedBytes - kReservedBytes)
+        return failed(cudaErrorInvalidValue, "more shared memory than a block may have");
+    most_dynamic_bytes[{current_device, kernel}] = value;
     return cudaSuccess;
 }
 
