@@ -50,6 +50,15 @@ def is_special(*tensors: Tensor | None) -> bool:
     return False
 
 
+def surely(condition: bool | torch.SymBool) -> bool:
+    """Of sizes: whether that holds for all of those that a graph with open ones is made for."""
+    if not torch.compiler.is_dynamo_compiling() and type(condition) is bool:
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
 def why_no_kernel(input: Tensor, *others: Tensor | None) -> str | None:
     """Why no kernel takes this activation; None if one does. `others` are only looked at for their kind."""
     if is_special(input, *others):
@@ -64,7 +73,11 @@ def why_no_kernel(input: Tensor, *others: Tensor | None) -> str | None:
         return "the input is empty, sparse, or not of 2 to 5 dimensions"
     if not (input.is_contiguous() or is_channels_last(input)):
         return "the input is neither contiguous nor channels_last"
-    if device == "cpu" and input.numel() <= kernels.few_values and not torch.compiler.is_dynamo_compiling():
+    if (
+        device == "cpu"
+        and not torch.compiler.is_dynamo_compiling()
+        and surely(input.numel() <= kernels.few_values)
+    ):
         return f"PyTorch's own operations are as fast on up to {kernels.few_values} values"
     return None
 

@@ -15,6 +15,7 @@ from torch import Tensor, library
 from torch.nn import functional as F
 
 from fastres import _C, composed, joining, kernels, recompute
+from fastres.cases import surely
 from fastres.packing import packed
 
 _forward = torch.ops.fastres.conv_forward.default
@@ -110,7 +111,7 @@ def covered(
     if not (same_dtype or (torch.is_autocast_enabled("cpu") and weight.dtype in (dtype, torch.float32))):
         return None
     batch, channels, height, width = by.output_size(input, weight)
-    if min(batch, height, width) < 1 or batch * height * width < _LEAST_PIXELS:
+    if surely(height < 1) or surely(batch * height * width < _LEAST_PIXELS):
         return None
     fits = residual is None or (
         residual.shape == (batch, channels, height, width)
@@ -124,10 +125,11 @@ def covered(
 def expected_faster(by: Geometry, input: Tensor, weight: Tensor, needs_grad: bool) -> bool:
     """Whether our convolution is as a rule faster than PyTorch's."""
     batch, channels, height, width = by.output_size(input, weight)
-    if needs_grad and batch == 1 and by.stride == (1, 1) and height * width < _FEWEST_PIXELS_OF_AN_IMAGE:
-        return False
+    if needs_grad and by.stride == (1, 1):
+        if surely(batch == 1) and surely(height * width < _FEWEST_PIXELS_OF_AN_IMAGE):
+            return False
     values, in_channels = batch * channels * height * width, input.size(1)
-    if min(channels, in_channels) >= _LEAST_CHANNELS or values <= kernels.few_values:
+    if min(channels, in_channels) >= _LEAST_CHANNELS or surely(values <= kernels.few_values):
         return True
     return _is_of_images(input, weight) and not needs_grad
 
@@ -325,16 +327,16 @@ class _ConvBnAct(torch.autograd.Function):
         joins = relu and residual is not None
         ctx.meet = joining.nodes_that_meet(_ConvBnAct._backward_cls, input, residual) if joins else ()
         kept = recompute.keep_for_mask(ctx, output, residual, relu)
-        bias = kernels.kept_bias(bias)
-        ctx.save_for_backward(conv_output, kept, weight, bias, mean, rstd, input, conv_weight)
+        vectors = kernels.kept_copy(weight), kernels.kept_copy(bias), mean, rstd
+        ctx.save_for_backward(conv_output, kept, *vectors, input, conv_weight, weight)
         return output
 
     @staticmethod
     def backward(ctx, grad):
         if grad is None:
             return None, joining.leave(ctx, joining.waiting_for(ctx)), *(None,) * 13
-        saved = recompute.take(ctx)
-        _, _, weight, bias, *_ = saved
+        conv_output, output, _, bias, *saved, weight = recompute.take(ctx)
+        saved = conv_output, output, weight, bias, *saved
         differentiate = _differentiably if asks_for_torchs_ops(grad) else _by_kernel
         grad_input, grad_conv_weight, grad_residual, grad_weight, grad_bias = differentiate(
             ctx, grad, *saved

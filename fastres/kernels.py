@@ -131,16 +131,16 @@ class _BnAct(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.training = training
         kept = recompute.keep_for_mask(ctx, output, residual, rest[-1])
-        ctx.save_for_backward(input, kept, weight, kept_bias(bias), mean, rstd)
+        vectors = kept_copy(weight), kept_copy(bias), mean, rstd
+        ctx.save_for_backward(input, kept, *vectors, weight)
         return output
 
     @staticmethod
     def backward(ctx, grad):
         if grad is None:
             return (None,) * 11
-        input, *saved = recompute.take(ctx)
-        _, weight, bias, *_ = saved
-        rest = (input, *saved, ctx.training, ctx.relu)
+        input, output, _, bias, mean, rstd, weight = recompute.take(ctx)
+        rest = (input, output, weight, bias, mean, rstd, ctx.training, ctx.relu)
         if is_more_than_values(grad):
             grad = grad.to(input.dtype)
             grads = composed.bn_act_backward(grad, *rest)
@@ -153,7 +153,7 @@ class _BnAct(torch.autograd.Function):
                 grads = _bn_act_backward(grad, *rest)
         grad_input, grad_residual, grad_weight, grad_bias = grads
         _, needs_input, needs_residual, _, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        if ctx.has_residual and saved[0] is None:
+        if ctx.has_residual and output is None:
             grad_residual = grad
         return (
             None,
@@ -170,12 +170,13 @@ class _BnAct(torch.autograd.Function):
 recompute.register_node(_BnAct)
 
 
-def kept_bias(bias: Tensor | None) -> Tensor | None:
-    """What a backward pass makes the output, or its ReLU's mask, again with.
+def kept_copy(vector: Tensor | None) -> Tensor | None:
+    """Of a batch norm's weight or bias, with which a backward pass makes the output or its mask again.
 
-    PyTorch's batch norm keeps no bias, which may change before the backward pass: this is a copy.
+    PyTorch's batch norm keeps no bias, which may change before the backward pass. And where another module
+    asks for the output in its own, the memory of these parameters may be elsewhere (FSDP, offloading).
     """
-    return None if bias is None else bias.detach().clone()
+    return None if vector is None else vector.detach().clone()
 
 
 def bn_act(input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu):

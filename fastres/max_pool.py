@@ -85,7 +85,7 @@ class _BnReluMaxPool(torch.autograd.Function):
         )
         ctx.set_materialize_grads(False)
         ctx.pool, ctx.training = pool, training
-        ctx.save_for_backward(input, index, weight, kernels.kept_bias(bias), mean, rstd)
+        ctx.save_for_backward(input, index, weight, kernels.kept_copy(bias), mean, rstd)
         return output
 
     @staticmethod

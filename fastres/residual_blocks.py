@@ -28,7 +28,7 @@ Call = Callable[[int, Op], tuple[tuple[Tensor, ...], Record | None]]
 
 
 class Layer(NamedTuple):
-    """A convolution without bias, and the batch norm behind it, in training."""
+    """A convolution, without its bias, and the batch norm behind it, in training."""
 
     conv_weight: Tensor
     running_mean: Tensor | None
@@ -136,7 +136,7 @@ def _fits(block: Block, input: Tensor) -> bool:
 
 
 class _Norm(NamedTuple):
-    """What a layer's batch norm saves."""
+    """What a layer's batch norm saves; weight and bias as copies."""
 
     conv_output: Tensor
     weight: Tensor | None
@@ -161,7 +161,8 @@ class _ResidualBlock(torch.autograd.Function):
                     return _forward(values, layer.conv_weight, residual, *rest)
 
             (output, conv_output, mean, rstd), records[at] = call(at, op)
-            norms[at] = _Norm(conv_output, layer.weight, kernels.kept_bias(layer.bias), mean, rstd)
+            vectors = map(kernels.kept_copy, (layer.weight, layer.bias))
+            norms[at] = _Norm(conv_output, *vectors, mean, rstd)
             return output
 
         last, values, residual = block.last, input, input
@@ -173,15 +174,15 @@ class _ResidualBlock(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.last, ctx.projected, ctx.input_node = last, block.projected, input_node
         ctx.by, ctx.eps, ctx.records = by, [layer.eps for layer in block.layers], records
-        ctx.biases = [layer.bias for layer in block.layers]  # the values that count are saved, as copies
+        ctx.biases = [layer.bias for layer in block.layers]
         # The last layer's come first, as recompute.output_of unpacks them; a projection's are at the end.
         conv_output, *rest = norms.pop(last)
         others = [tensor for at in sorted(norms) for tensor in norms[at]]
         begins = 6 + len(others) - len(_Norm._fields)
         projection = slice(begins, begins + len(_Norm._fields)) if block.projected else None
         mask = recompute.keep_for_mask(ctx, output, residual, True, projection)
-        conv_weights = [layer.conv_weight for layer in block.layers]
-        ctx.save_for_backward(conv_output, mask, *rest, *others, input, *conv_weights)
+        weights = [weight for layer in block.layers for weight in (layer.conv_weight, layer.weight)]
+        ctx.save_for_backward(conv_output, mask, *rest, *others, input, *weights)
         return output
 
     @staticmethod
@@ -203,13 +204,14 @@ class _Saved(NamedTuple):
 
     norms: list[_Norm]
     conv_weights: list[Tensor]
+    weights: list[Tensor | None]
     output: Tensor
     input: Tensor
 
     def learned(self) -> list[tuple[Tensor | None, ...]]:
         """Layer.learned of each."""
-        pairs = zip(self.norms, self.conv_weights, strict=True)
-        return [(conv_weight, norm.weight, norm.bias) for norm, conv_weight in pairs]
+        biases = [norm.bias for norm in self.norms]
+        return list(zip(self.conv_weights, self.weights, biases, strict=True))
 
     @classmethod
     def of(cls, ctx, saved: tuple) -> _Saved:
@@ -218,8 +220,8 @@ class _Saved(NamedTuple):
         kept = [conv_output, *rest[: size * layers - 1]]
         norms = [_Norm(*kept[size * i : size * (i + 1)]) for i in range(layers)]
         norms.insert(ctx.last, norms.pop(0))
-        input, *conv_weights = rest[size * layers - 1 :]
-        return cls(norms, conv_weights, output, input)
+        input, *weights = rest[size * layers - 1 :]
+        return cls(norms, weights[::2], weights[1::2], output, input)
 
 
 def _tell_backward(ctx, at: int) -> None:

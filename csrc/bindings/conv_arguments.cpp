@@ -44,6 +44,7 @@ ConvWeight conv_weight(const char* op, const Tensor& weight) {
     if (weight.dim() != 4 || !weight.is_cpu()) fail(op, "weight is not a 4-d tensor on the CPU");
     const Dtype dtype = dtype_of(op, "weight", weight);
     if (dtype == Dtype::f64) fail(op, "weight is float64; takes float32, bfloat16 or float16");
+    check_memory(op, "weight", weight);
     return {weight.data_ptr(), dtype,           weight.stride(0), weight.stride(1),
             weight.stride(2),  weight.stride(3)};
 }

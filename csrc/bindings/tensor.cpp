@@ -107,6 +107,7 @@ void check_channels(const char* op, const char* argument, const Tensor& tensor, 
     if (!same_device(tensor, input)) fail(op, std::string(argument) + " is not on the device of input");
     if (channels > 1 && tensor.stride(0) != 1)
         fail(op, std::string(argument) + " is strided; expected dense memory");
+    check_memory(op, argument, tensor);
 }
 
 }  // namespace
@@ -154,6 +155,15 @@ Activation activation(const char* op, const char* argument, const Tensor& tensor
     if (!shape.channels_last && !is_dense_contiguous(tensor))
         fail(op, std::string(argument) + " is strided; expected contiguous or channels_last memory");
     return shape;
+}
+
+void check_memory(const char* op, const char* argument, const Tensor& tensor) {
+    int64_t bytes = 0, last = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &last));
+    for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+    if (tensor.numel() > 0 && (last + 1) * static_cast<int64_t>(tensor.element_size()) > bytes)
+        fail(op, std::string(argument) + " has no memory: its storage was resized, as for offloading it");
 }
 
 void check_like_input(const char* op, const char* argument, const Tensor& tensor, const Tensor& input) {

@@ -32,6 +32,9 @@ Activation activation(const char* op, const char* argument, const Tensor& tensor
 
 bool same_device(const Tensor& a, const Tensor& b);
 
+// Checks that the storage of `tensor`, which may have been resized, has all of its values.
+void check_memory(const char* op, const char* argument, const Tensor& tensor);
+
 // Checks that `tensor` has the shape, dtype, device and memory layout of `input`.
 void check_like_input(const char* op, const char* argument, const Tensor& tensor, const Tensor& input);
 
