@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastres import cases, choice, composed, convolution, max_pool
+from fastres import conv_bias as biases
 from fastres.kernels import bn_act, fragment, same_layout
 from fastres.recompute import call_without_keeping, call_without_keeping_values
 from fastres.recording import Record, current
@@ -231,7 +232,8 @@ def conv_bn_relu(
 
     Args:
         input: (N, C_in, H, W).
-        weight, conv_bias, stride, padding, dilation, groups: as of torch.nn.functional.conv2d.
+        weight, conv_bias, stride, padding, dilation, groups: as of torch.nn.functional.conv2d. In training
+            the bias, which the batch norm subtracts again, has a gradient of zero.
         running_mean, running_var, bn_weight, bn_bias, training, momentum, eps: as of :func:`bn_relu`.
         residual: of the convolution's output shape, added before the activation; None: nothing is.
         activation: "relu" or None.
@@ -271,6 +273,13 @@ def conv_bn_act(
     pool: max_pool.MaxPool | None,
 ) -> Tensor:
     """conv_bn_relu, and the maximum over windows of that where there is a `pool`."""
+    if training and conv_bias is not None and biases.can_be_left_out(weight, conv_bias):
+        weight = biases.weight_with(conv_bias, weight)
+        arguments = input, weight, running_mean, running_var, bn_weight, bn_bias, residual, None
+        rest = stride, padding, dilation, groups, training, momentum, eps, relu, pool
+        output = conv_bn_act(*arguments, *rest)
+        biases.add_to(running_mean, conv_bias, momentum)
+        return output
     channel_vectors = (running_mean, running_var, bn_weight, bn_bias)
     learned = (input, weight, conv_bias, bn_weight, bn_bias, residual)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned)
@@ -347,7 +356,8 @@ def _pays_folding(input: Tensor, weight: Tensor) -> bool:
     # With a ReLU or a sum behind it there is one pass over the output in any case.
     # Low-precision weights are not folded: rounding them once more would cost more digits than stock loses.
     # And folding passes over the weights, at each call, where normalising passes over the output.
-    return weight.dtype in (torch.float32, torch.float64) and input.numel() > 2 * weight.numel()
+    exact = weight.dtype in (torch.float32, torch.float64)
+    return exact and cases.surely(input.numel() > 2 * weight.numel())
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastres import cases, ops, residual_blocks
+from fastres import cases, conv_bias, ops, residual_blocks
 from fastres.max_pool import MaxPool
 from fastres.recompute import call_without_keeping
 from fastres.recording import Reason, Record, begin, listening
@@ -340,7 +340,9 @@ def _as_one(branch, shortcut: Shortcut, input: Tensor) -> Tensor | None:
             return None
         layers.append((*projection, None))
     for conv, bn, act in layers:
-        if _why_not_layer(conv, bn, act) is not None or conv.bias is not None or not bn.training:
+        if _why_not_layer(conv, bn, act) is not None or not bn.training:
+            return None
+        if conv.bias is not None and not conv_bias.can_be_left_out(conv.weight, conv.bias):
             return None
     bns = [bn for _, bn, _ in layers]
     if len(set(bns)) < len(bns):  # whose running statistics follow the order of the calls
@@ -357,7 +359,11 @@ def _as_one(branch, shortcut: Shortcut, input: Tensor) -> Tensor | None:
             residual = input if at == block.last else None
             record = _tell(listener, "conv_bn", layers[at], residual, at <= block.last, None)
             record.convolved()
-        return _uncounted_if_refused(bns[at], op, _counted(bns[at])), record
+        (conv, bn, _), momentum = layers[at], _counted(bns[at])
+        results = _uncounted_if_refused(bn, op, momentum)
+        if conv.bias is not None:
+            conv_bias.add_to(block.layers[at].running_mean, conv.bias, momentum)
+        return results, record
 
     return residual_blocks.residual_block(block, by, call, input)
 
@@ -373,7 +379,8 @@ def _layer(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Layer:
     running_mean, running_var, _ = _statistics(bn)
     geometry = conv.stride, conv.padding, conv.dilation, conv.groups
     vectors = running_mean, running_var, bn.weight, bn.bias
-    return Layer(conv.weight, *vectors, geometry, bn.momentum, bn.eps)
+    weight = conv.weight if conv.bias is None else conv_bias.weight_with(conv.bias, conv.weight)
+    return Layer(weight, *vectors, geometry, bn.momentum, bn.eps)
 
 
 def is_projection(shortcut: nn.Module) -> bool:
@@ -421,10 +428,10 @@ def _fused_bn_act(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None, re
     momentum = _counted(bn)
     arguments = (running_mean, running_var, bn.weight, bn.bias, training, momentum, bn.eps)
     if not relu:
-        return _sum(_uncounted_if_refused(bn, ops.batch_norm, input, *arguments), residual)
+        return _sum(ops.batch_norm(input, *arguments), residual)
     if residual is None:
-        return _uncounted_if_refused(bn, ops.bn_relu, input, *arguments)
-    return _uncounted_if_refused(bn, ops.bn_add_relu, input, residual, *arguments)
+        return ops.bn_relu(input, *arguments)
+    return ops.bn_add_relu(input, residual, *arguments)
 
 
 def _tell(listener, op, modules, residual, relu, reason, pool=None) -> Record:
@@ -477,10 +484,13 @@ def _counted(bn: nn.BatchNorm2d) -> float:
 
 
 def _uncounted_if_refused(bn: nn.BatchNorm2d, op: Callable[..., Result], *arguments) -> Result:
-    """op(*arguments), which refuses a batch, if it does, before anything else of it is written."""
+    """op(*arguments), whose convolution refuses a batch, if it does, before anything else of it is written.
+
+    What the batch norm refuses, with a ValueError, it has counted.
+    """
     try:
         return op(*arguments)
-    except (ValueError, TypeError, RuntimeError, MemoryError):
+    except (TypeError, RuntimeError, MemoryError):
         if _counts(bn):
             bn.num_batches_tracked.sub_(1)
         raise

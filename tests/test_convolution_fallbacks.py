@@ -69,7 +69,6 @@ def test_autocast_leaves_the_input_as_stock_does(dtype):
 
 FALLBACKS = {
     "groups": (dict(groups=2), lambda v: v | dict(weight=v["weight"][:, :16].clone())),
-    "conv_bias": ({}, lambda v: v | dict(conv_bias=torch.randn(64))),
     "contiguous": ({}, lambda v: v | dict(input=v["input"].contiguous())),
     "strided": ({}, lambda v: v | dict(input=v["input"].repeat(1, 1, 1, 2)[..., ::2])),
     "float64": ({}, lambda v: {n: t.double() for n, t in v.items()}),

@@ -324,10 +324,6 @@ def frozen_norm(block):
     block.bn2.eval()
 
 
-def biased(block):
-    block.conv2 = nn.Conv2d(96, 96, 3, padding=1)
-
-
 def shared_norm(block):
     block.bn2 = block.bn1
 
@@ -355,7 +351,7 @@ def few_channels(block):
 
 HINDRANCES = {
     **{f"hook on {n}": hook_on(n) for n in ("conv1", "bn2", "relu", "downsample", "downsample.1")},
-    **{f.__name__: f for f in (frozen_norm, biased, shared_norm, longer_shortcut, other_container)},
+    **{f.__name__: f for f in (frozen_norm, shared_norm, longer_shortcut, other_container)},
     **{f.__name__: f for f in (other_activation, few_channels)},
 }
 

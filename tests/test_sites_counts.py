@@ -24,6 +24,23 @@ def test_one_value_a_channel_is_batch_norms_error():
         sites.bn_act(nn.BatchNorm2d(6, dtype=DTYPE), None, randn(1, 6, 1, 1), relu=True)
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_a_batch_that_the_batch_norm_refuses_is_counted(layout):
+    """As in stock, which counts it before it looks at it."""
+    stock = nn.Conv2d(32, 64, 3), nn.BatchNorm2d(64)
+    input = torch.randn(1, 32, 3, 3).contiguous(memory_format=layout)
+    fused = copy.deepcopy(stock)
+    for conv, bn, call in (
+        (*stock, lambda conv, bn: bn(conv(input))),
+        (*fused, lambda conv, bn: sites.conv_bn_act(conv, bn, None, input, relu=True)),
+        (None, fused[1], lambda _, bn: sites.bn_act(bn, None, torch.randn(1, 64, 1, 1), relu=True)),
+    ):
+        before = int(bn.num_batches_tracked)
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            call(conv, bn)
+        assert bn.num_batches_tracked == before + 1
+
+
 def test_a_wrong_dimension_is_the_modules_error():
     conv, bn, act = site()
     with recording.record() as records, pytest.raises(ValueError, match="expected 4D input"):
