@@ -47,5 +47,11 @@ class _WeightWith(torch.autograd.Function):
 @torch.no_grad()
 def add_to(running_mean: Tensor | None, bias: Tensor, momentum: float) -> None:
     """What the bias adds to the mean of the convolution's output, after that has been averaged in."""
-    if running_mean is not None:
+    if running_mean is None:
+        return
+    if running_mean.is_inference():
+        running_mean.add_(bias, alpha=momentum)
+        return
+    # F.batch_norm saves the running mean, which its backward pass has no use for, and changes it unseen.
+    with torch.autograd._unsafe_preserve_version_counter(running_mean):
         running_mean.add_(bias, alpha=momentum)

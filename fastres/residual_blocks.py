@@ -136,7 +136,7 @@ def _fits(block: Block, input: Tensor) -> bool:
 
 
 class _Norm(NamedTuple):
-    """What a layer's batch norm saves; weight and bias as copies."""
+    """What a layer's batch norm saves."""
 
     conv_output: Tensor
     weight: Tensor | None
@@ -161,8 +161,9 @@ class _ResidualBlock(torch.autograd.Function):
                     return _forward(values, layer.conv_weight, residual, *rest)
 
             (output, conv_output, mean, rstd), records[at] = call(at, op)
-            vectors = map(kernels.kept_copy, (layer.weight, layer.bias))
-            norms[at] = _Norm(conv_output, *vectors, mean, rstd)
+            # Others than the block itself make the last activation again, or the shortcut's.
+            weight = layer.weight if at < block.last else kernels.kept_copy(layer.weight)
+            norms[at] = _Norm(conv_output, weight, kernels.kept_copy(layer.bias), mean, rstd)
             return output
 
         last, values, residual = block.last, input, input

@@ -428,10 +428,10 @@ def _fused_bn_act(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None, re
     momentum = _counted(bn)
     arguments = (running_mean, running_var, bn.weight, bn.bias, training, momentum, bn.eps)
     if not relu:
-        return _sum(ops.batch_norm(input, *arguments), residual)
+        return _sum(_uncounted_if_refused(bn, ops.batch_norm, input, *arguments), residual)
     if residual is None:
-        return ops.bn_relu(input, *arguments)
-    return ops.bn_add_relu(input, residual, *arguments)
+        return _uncounted_if_refused(bn, ops.bn_relu, input, *arguments)
+    return _uncounted_if_refused(bn, ops.bn_add_relu, input, residual, *arguments)
 
 
 def _tell(listener, op, modules, residual, relu, reason, pool=None) -> Record:
@@ -484,13 +484,11 @@ def _counted(bn: nn.BatchNorm2d) -> float:
 
 
 def _uncounted_if_refused(bn: nn.BatchNorm2d, op: Callable[..., Result], *arguments) -> Result:
-    """op(*arguments), whose convolution refuses a batch, if it does, before anything else of it is written.
-
-    What the batch norm refuses, with a ValueError, it has counted.
-    """
+    """op(*arguments), which refuses a batch, if it does, before anything else of it is written."""
     try:
         return op(*arguments)
-    except (TypeError, RuntimeError, MemoryError):
-        if _counts(bn):
+    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+        # That is refused by the batch norm, which counts first.
+        if _counts(bn) and "Expected more than 1 value per channel" not in str(error):
             bn.num_batches_tracked.sub_(1)
         raise
