@@ -2,6 +2,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
+# With another TORCH the packages are not those that were installed.
+TOOLS := .venv/.tools-$(subst =,-,$(TORCH))
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
@@ -26,11 +28,11 @@ SANITIZED := build/sanitize
 KERNEL_TESTS := tests/test_ops.py tests/test_ops_errors.py tests/test_max_pool.py tests/test_sequence_op.py $(wildcard tests/test_conv*.py)
 test-sanitize: $(VENV)/.test
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B $(SANITIZED) -DFASTRES_SANITIZE=ON -DFASTRES_CUDA=off \
-	    -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	    -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python"
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SANITIZED) --target _C
 	rm -rf $(SANITIZED)/package && mkdir $(SANITIZED)/package && cp -r fastres $(SANITIZED)/package/
 	rm -f $(SANITIZED)/package/fastres/_C*.so && cp $(SANITIZED)/_C*.so $(SANITIZED)/package/fastres/
-	PYTHONPATH=$(CURDIR)/$(SANITIZED)/package FASTRES_KEEP_MEMORY=off ASAN_OPTIONS=detect_leaks=0 \
+	PYTHONPATH="$(CURDIR)/$(SANITIZED)/package" FASTRES_KEEP_MEMORY=off ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	    $(BIN)/pytest $(or $(ARGS),$(KERNEL_TESTS))
 
@@ -42,7 +44,7 @@ lint: $(VENV)/.test
 build: $(VENV)/.train
 
 # Compiles the CUDA kernels, also where no GPU is; fails where nvcc is missing.
-cuda: $(VENV)/.tools
+cuda: $(TOOLS)
 	FASTRES_CUDA=on $(BIN)/pip install --no-build-isolation -e .
 
 bench: $(VENV)/.test
@@ -53,13 +55,14 @@ bench: $(VENV)/.test
 gpu: $(VENV)/.test
 	PYTHON=$(BIN)/python benchmarks/gpu.sh $(ARGS)
 
-$(VENV)/.tools:
+$(TOOLS):
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)" "setuptools>=77" "pybind11>=2.13" ninja "cmake>=3.25" numpy
+	rm -f $(VENV)/.tools-*
 	touch $@
 
-$(VENV)/.train: $(VENV)/.tools $(SOURCES)
+$(VENV)/.train: $(TOOLS) $(SOURCES)
 	$(BIN)/pip install --no-build-isolation -e .
 	touch $@
 
