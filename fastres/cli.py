@@ -17,14 +17,24 @@ _COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
+    if sys.stdout is None:  # as of `fastres doctor >&-`
+        sys.stdout = open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):  # a sign that the terminal lacks is no reason to end
+        sys.stdout.reconfigure(errors="replace")
     try:
         try:
-            return _main(argv)
+            status = _main(argv)
         finally:
             sys.stdout.flush()  # here and not at exit, where a closed pipe could no longer be dealt with
     except BrokenPipeError:  # such as `fastres doctor | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        return 1
+        status = 1
+    except OSError as error:  # of the output's, as the commands deal with those of their files
+        print(f"fastres: cannot write its output: {error.strerror or error}", file=sys.stderr)
+        status = 1
+    else:
+        return status
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+    return status
 
 
 def _main(argv: list[str] | None) -> int:
@@ -54,7 +64,7 @@ def _main(argv: list[str] | None) -> int:
         return command.run(arguments)
     except KeyboardInterrupt:
         print(f"\nfastres {chosen}: interrupted", file=sys.stderr)
-        return 2
+        return 130
 
 
 def _no_such_isa() -> str:

@@ -23,15 +23,23 @@ def cache_path(name: str) -> Path:
 def replaced(path: Path, mode: str = "w") -> Iterator[IO]:
     """A file to write in place of `path`, so that a crash at any moment leaves the old one or the new one.
 
+    What is no file, such as /dev/null, is written to; of a link, what it leads to is replaced.
+
     Args:
         mode: "w" or "wb".
 
     Raises:
         OSError: it cannot be written; what was there before still is.
     """
+    options = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    if path.exists() and not path.is_file():
+        with open(path, mode, **options) as file:
+            yield file
+        return
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
+        with open(temporary, mode, **options) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -118,7 +118,32 @@ def test_interrupted_by_the_keyboard(command, place, monkeypatch, capsys, tmp_pa
     monkeypatch.setattr(place, interrupt)
     written = [] if "explain" in command else ["--json", str(tmp_path / "out.json")]
     small = ["--image-size", "16", "--batch", "2"]
-    assert cli.main([*command.split(), *small, *written]) == 2
+    assert cli.main([*command.split(), *small, *written]) == 130
     captured = capsys.readouterr()
     assert captured.err == f"\nfastres {command.split()[0]}: interrupted\n"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("redirection", [">&-", ">/dev/full"])
+def test_output_that_goes_nowhere(redirection):
+    command = f"{sys.executable} -m fastres --version {redirection}"
+    run = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert "Traceback" not in run.stderr
+    if redirection == ">/dev/full":
+        assert run.returncode == 1
+        assert run.stderr == "fastres: cannot write its output: No space left on device\n"
+
+
+def test_signs_that_the_terminal_lacks():
+    few = [
+        sys.executable,
+        "-m",
+        "fastres",
+        "profile",
+        "--from",
+        str(Path(__file__).with_name("profile.json")),
+    ]
+    run = subprocess.run(
+        few, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True
+    )
+    assert run.returncode == 0 and "?" in run.stdout, run.stderr

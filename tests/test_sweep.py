@@ -108,7 +108,7 @@ def test_interrupted_it_keeps_what_was_measured(tmp_path, measured, monkeypatch,
         return answer(arguments, *others)
 
     monkeypatch.setattr(bench, "measure", interrupted)
-    assert sweep(path, batch="2,3,4,5") == 2
+    assert sweep(path, batch="2,3,4,5") == 130
     assert f"interrupted; 2 of 4 cells are in {path}; the same command goes on" in capsys.readouterr().err
     monkeypatch.setattr(bench, "measure", answer)
     assert sweep(path, batch="2,3,4,5") == 0

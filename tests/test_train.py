@@ -112,6 +112,32 @@ def test_what_a_diverged_epoch_computed_is_not_kept(loss, few, tmp_path, monkeyp
     assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 2
 
 
+def test_a_run_that_is_in_the_folder_is_put_aside(few, tmp_path):
+    for epochs in (2, 1):
+        run = loop.Run(loop.Settings(**SETTINGS | dict(epochs=epochs)), few, tmp_path)
+        run.train()
+    for folder, epochs in ((tmp_path, 1), (tmp_path / "previous", 2)):
+        assert len(torch.load(folder / "checkpoint.pt")["epochs"]) == epochs
+        assert len((folder / "metrics.csv").read_text().splitlines()) == epochs + 1
+        assert (folder / "curves.png").exists()
+    run = loop.Run(loop.Settings(**SETTINGS | dict(epochs=1)), few, tmp_path)
+    run.resume()
+    run.train()  # none of its epochs are left
+    assert len(torch.load(tmp_path / "previous" / "checkpoint.pt")["epochs"]) == 2
+
+
+@pytest.mark.parametrize(
+    "key, value", [("settings", None), ("settings", []), ("optimizer", None), ("random", 3)]
+)
+def test_a_checkpoint_with_broken_values_is_refused(key, value, few, tmp_path):
+    run = loop.Run(loop.Settings(**SETTINGS), few, tmp_path)
+    run.train()
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    torch.save({**state, key: value}, tmp_path / "checkpoint.pt")
+    with pytest.raises(loop.ResumeError):
+        loop.Run(loop.Settings(**SETTINGS), few, tmp_path).resume()
+
+
 def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
     checkpoint.save({"a": torch.ones(3)}, path)

@@ -121,3 +121,11 @@ def test_a_fingerprint_is_of_the_images_and_not_of_their_place(folder_of_images,
     assert fingerprint(copied) == fingerprint(folder_of_images) != fingerprint(folder_of_images, 48)
     shutil.copy(copied / "cat" / "0.png", copied / "cat" / "more.png")
     assert fingerprint(copied) != fingerprint(folder_of_images)
+
+
+def test_a_link_that_leads_nowhere_is_named(folder_of_images, tmp_path, capsys):
+    link = next(path for path in folder_of_images.rglob("*") if path.is_dir()) / "broken.png"
+    link.symlink_to(tmp_path / "nowhere.png")
+    assert cli.main(["train", "--data", str(folder_of_images), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert str(link) in error and "No such file" in error and error.count("\n") == 1

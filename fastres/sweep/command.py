@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         done = sum(cell in sweep.results for cell in grid) if sweep else 0
         kept = f"{done} of {len(grid)} cells are in {arguments.out}; the same command goes on"
         print(f"\nfastres sweep: interrupted; {kept if done else 'no cell was finished'}", file=sys.stderr)
-        return 2
+        return 130
     finally:
         torch.set_num_threads(threads)
     return 0

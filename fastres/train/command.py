@@ -13,7 +13,18 @@ import torch
 from fastres import models
 from fastres.errors import did_you_mean, first_line
 from fastres.train.data import DataError, digits, image_folder
-from fastres.train.loop import DivergedError, FolderError, Progress, ResumeError, Run, Settings
+from fastres.train.loop import (
+    CHECKPOINT,
+    CURVES,
+    METRICS,
+    PREVIOUS,
+    DivergedError,
+    FolderError,
+    Progress,
+    ResumeError,
+    Run,
+    Settings,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,11 +80,14 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.resume:
             training.resume()
         training.open_folder()
+        replaces = not arguments.resume and (training.folder / METRICS).exists()
         layers = "fused" if settings.fused else "stock"
         print(
             f"{settings.arch} ({layers}, {settings.dtype}, {settings.device}) on {data.description}: "
             f"{len(data.train)} images to train on, {len(data.test)} held out"
         )
+        if replaces:
+            print(f"the run that is there goes to {training.folder / PREVIOUS}; --resume goes on with one")
         with _shown_progress(settings.epochs) as progress:
             training.train(progress)
         accuracy = training.evaluate()
@@ -95,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\nfastres train: interrupted; the same command with --resume goes on", file=sys.stderr)
         return 130
-    print(f"results in {arguments.out}: checkpoint.pt, metrics.csv, curves.png")
+    print(f"results in {arguments.out}: {CHECKPOINT}, {METRICS}, {CURVES}")
     print(f"held-out accuracy {accuracy:.4f}")
     return 0
 

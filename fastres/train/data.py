@@ -196,7 +196,11 @@ def _fingerprint(root: Path, size: int, *parts: list[tuple[Path, int]]) -> str:
     for files in parts:
         found.update(b"\0")
         for path, label in files:
-            found.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0{label}\n".encode())
+            try:
+                size = path.stat().st_size
+            except OSError as error:  # such as a link that leads nowhere
+                raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+            found.update(f"{path.relative_to(root)}\0{size}\0{label}\n".encode())
     return found.hexdigest()
 
 

@@ -70,6 +70,10 @@ _PROGRESS_SECONDS = 0.1
 # What may differ between a run and its continuation.
 _FREE = {"workers", "device", "cuda_graph"}
 
+CHECKPOINT, METRICS, CURVES = "checkpoint.pt", "metrics.csv", "curves.png"
+# Where a run is kept that was in the folder before.
+PREVIOUS = "previous"
+
 _KEYS = {"settings", "data", "model", "optimizer", "epochs", "random"}
 
 
@@ -99,7 +103,7 @@ class Run:
 
     @property
     def checkpoint_path(self) -> Path:
-        return self.folder / "checkpoint.pt"
+        return self.folder / CHECKPOINT
 
     def resume(self) -> None:
         """Continue from the folder's checkpoint.
@@ -114,7 +118,8 @@ class Run:
         except Exception as error:
             # Not torch's own message, which tells to load the file with weights_only=False.
             raise ResumeError(f"--resume: {self.checkpoint_path} is damaged or no checkpoint") from error
-        if not isinstance(state, dict) or not state.keys() >= _KEYS:
+        is_ours = isinstance(state, dict) and state.keys() >= _KEYS and isinstance(state["settings"], dict)
+        if not is_ours:
             raise ResumeError(f"--resume: {self.checkpoint_path} is no checkpoint of fastres train")
         for name, value in asdict(self.settings).items():
             theirs = state["settings"].get(name)
@@ -133,7 +138,7 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.epochs = [report.Epoch(**epoch) for epoch in state["epochs"]]
             checkpoint.restore_random_states(state["random"])
-        except (RuntimeError, LookupError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever the broken values lead to
             raise ResumeError(f"--resume: {self.checkpoint_path} is damaged") from error
 
     def open_folder(self) -> None:
@@ -150,6 +155,8 @@ class Run:
     def train(self, progress: Progress | None = None) -> None:
         """Train the epochs that are left, leaving a checkpoint, metrics.csv and curves.png after each.
 
+        Those of another run that are in the folder go into one called `previous`.
+
         Raises:
             FolderError: they cannot be written.
             DivergedError: an epoch's loss is nan or infinite; what is left is of the epoch before it.
@@ -157,6 +164,7 @@ class Run:
         self.open_folder()
         if not self.epochs:  # so that a run that is interrupted in its first epoch can be resumed as well
             with self._writing():
+                self._put_aside()
                 self._save_checkpoint()
         for epoch in range(len(self.epochs), self.settings.epochs):
             trained = self._train_epoch(epoch, progress)
@@ -168,9 +176,20 @@ class Run:
             self.epochs.append(trained)
             with self._writing():
                 self._save_checkpoint()
-                report.write_metrics(self.epochs, self.folder / "metrics.csv")
+                report.write_metrics(self.epochs, self.folder / METRICS)
                 title = f"{self.settings.arch} on {self.data.description}"
-                report.draw_curves(self.epochs, title, self.folder / "curves.png")
+                report.draw_curves(self.epochs, title, self.folder / CURVES)
+
+    def _put_aside(self) -> None:
+        """Keep the run that is in the folder, in a folder of its own."""
+        if not (self.folder / METRICS).exists():
+            return
+        previous = self.folder / PREVIOUS
+        previous.mkdir(exist_ok=True)
+        for name in (CHECKPOINT, METRICS, CURVES):
+            (previous / name).unlink(missing_ok=True)
+            if (self.folder / name).exists():
+                (self.folder / name).rename(previous / name)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
