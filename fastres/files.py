@@ -29,7 +29,7 @@ def replaced(path: Path, mode: str = "w") -> Iterator[IO]:
         mode: "w" or "wb".
 
     Raises:
-        OSError: it cannot be written; what was there before still is.
+        OSError: it cannot be written, and its message names a file; what was there before still is.
     """
     options = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     if path.exists() and not path.is_file():
@@ -44,6 +44,10 @@ def replaced(path: Path, mode: str = "w") -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # of a write
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)

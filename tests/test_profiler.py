@@ -399,7 +399,7 @@ def test_a_full_disk_leaves_nothing_half_written(option, tmp_path, monkeypatch, 
     limits.measured(torch.device("cpu"))  # kept before the disk is full
     assert cli.main([*words.split(), f"--{option}", str(path)]) == 2
     error = capsys.readouterr().err
-    assert "No space left on device" in error and error.count("\n") == 1
+    assert f"No space left on device: '{path}'\n" in error and error.count("\n") == 1
     assert [file.name for file in tmp_path.iterdir() if file.name != "cache"] == []
 
 

@@ -233,6 +233,15 @@ def test_the_command_says_where_it_cannot_write(tmp_path, capsys, target):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("option", ["json", "html"])
+def test_the_command_leaves_the_profile_that_it_reads(tmp_path, monkeypatch, capsys, option):
+    (tmp_path / "p.json").write_bytes(PROFILE.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert main(["profile", "--from", "p.json", f"--{option}", str(tmp_path / "p.json")]) == 2
+    assert "two of them are one file" in capsys.readouterr().err
+    assert (tmp_path / "p.json").read_bytes() == PROFILE.read_bytes()
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"fastres_profile": 999}', "\x00\xff"])
 def test_the_command_refuses_what_is_no_profile(tmp_path, capsys, content):
     path = tmp_path / "p.json"

@@ -1,6 +1,8 @@
 """fastres sweep: what it measures, what it keeps, what it says."""
 
+import errno
 import json
+import os
 import re
 
 import pytest
@@ -218,6 +220,7 @@ def test_measures_stock_with_the_best_of_cudnns_algorithms(tmp_path, monkeypatch
         ("--repeat 0", "--repeat 0: expected 1 or more"),
         ("--out /", "--out /: cannot write there"),
         ("--html missing/x.html", "--html missing/x.html: cannot write there"),
+        ("--html ./sweep.json", "--out and --html: both are one file"),
     ],
 )
 def test_refuses_in_one_sentence(words, message, measured, capsys, tmp_path, monkeypatch):
@@ -227,6 +230,21 @@ def test_refuses_in_one_sentence(words, message, measured, capsys, tmp_path, mon
     error = capsys.readouterr().err
     assert error.startswith(f"fastres sweep: {message}") and error.count("\n") == 1
     assert not measured and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["sweep.json", "page.html"])
+def test_a_full_disk_is_told_with_the_files_name(name, tmp_path, measured, monkeypatch, capsys):
+    path, fsync = tmp_path / name, os.fsync
+
+    def full(file):
+        if name in os.readlink(f"/proc/self/fd/{file}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(file)
+
+    monkeypatch.setattr("os.fsync", full)
+    assert sweep(tmp_path / "sweep.json", f"--html {tmp_path / 'page.html'}") == 2
+    error = capsys.readouterr().err
+    assert f"No space left on device: '{path}'\n" in error and error.count("\n") == 1
 
 
 def test_says_faster_and_slower_alike():

@@ -86,9 +86,9 @@ def _compare(a: Path, b: Path, fail_above: float | None) -> int:
 
 def _check_files(arguments: argparse.Namespace) -> None:
     files = {option: getattr(arguments, option) for option in ("json", "html", "trace")}
-    given = [path.resolve() for path in files.values() if path is not None]
+    given = [path.resolve() for path in (*files.values(), arguments.source) if path is not None]
     if len({*given}) < len(given):
-        raise ProfileError("--json, --html and --trace: two of them are one file")
+        raise ProfileError("--json, --html, --trace and --from: two of them are one file")
     for option, path in files.items():
         if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
             raise ProfileError(f"--{option} {path}: cannot write there")

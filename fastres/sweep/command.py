@@ -93,6 +93,8 @@ def _grid(arguments: argparse.Namespace) -> list[Cell]:
         path = getattr(arguments, option)
         if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
             raise SweepError(f"--{option} {path}: cannot write there")
+    if arguments.html is not None and arguments.html.resolve() == arguments.out.resolve():
+        raise SweepError("--out and --html: both are one file")
     return grid
 
 
