@@ -167,11 +167,15 @@ def test_hostile_text_is_only_text(opened, profile):
     profile.data["blocks"][0]["name"] = hostile
     profile.data["blocks"][1]["ops"][0].update(fused=False, reason=hostile)
     profile.data["advice"].append(hostile)
+    limits = profile.data["limits"]
+    for kind in limits.values():
+        kind[hostile] = kind[next(iter(kind))]
     page = opened()
     assert hostile in page.locator("h1").text_content()
     assert hostile in page.title()
     assert hostile in texts(page, 0)
     assert f"stock: {hostile}" in texts(page, 2)
+    assert page.locator("p", has_text="Copies reach").text_content().count(hostile) == len(limits)
 
 
 @pytest.mark.parametrize("factor, word", [(0.5, "slower"), (2.0, "faster")])

@@ -113,7 +113,7 @@ def _table(profile: Profile) -> str:
     ]
     head = "".join(
         f'<th scope="col"{_TEXT if text else ""}{_SORTED if title == "lost ms" else ""}>'
-        f'<button type="button">{title}</button></th>'
+        f'<button type="button">{escaped(title)}</button></th>'
         for title, text in titles
     )
     rows = "\n".join(_cells(row, directions) for row in sorted(profile.rows, key=lambda row: -row.lost))
@@ -168,7 +168,7 @@ def _limits(profile: Profile) -> str:
     copies = ", ".join(f"{level.speed / 1e9:.0f} GB/s in {name}" for name, level in limits.copy.items())
     flops = ", ".join(f"{speed / 1e9:.0f} GFLOP/s in {dtype}" for dtype, speed in limits.flops.items())
     return (
-        f"<p>Copies reach {copies}; products of matrices reach {flops}.</p>"
+        f"<p>{escaped(f'Copies reach {copies}; products of matrices reach {flops}.')}</p>"
         "<p>An op's limit is the longer of two times: its FLOPs at the speed of a product of matrices, and "
         "the bytes of its inputs and outputs, each moved once, at the speed of a copy of that size.</p>"
     )
@@ -255,7 +255,7 @@ def _roofline(profile: Profile) -> dict:
             {
                 "type": "scatter",
                 "mode": "lines",
-                "name": f"{name}, {level.speed / 1e9:.0f} GB/s",
+                "name": escaped(f"{name}, {level.speed / 1e9:.0f} GB/s"),
                 "x": xs,
                 "y": [min(peak, x * level.speed) / 1e9 for x in xs],
                 "line": {"color": "--faint", "width": 1.5, "dash": _DASHES[len(roofs) % len(_DASHES)]},
@@ -291,7 +291,7 @@ def _roofline(profile: Profile) -> dict:
         "layout": {
             "height": 460,
             "xaxis": {**log, "title": {"text": "FLOP / byte"}},
-            "yaxis": {**log, "title": {"text": f"GFLOP/s, {dtype}"}},
+            "yaxis": {**log, "title": {"text": f"GFLOP/s, {escaped(dtype)}"}},
             "hovermode": "closest",
         },
     }
