@@ -9,6 +9,7 @@ import io
 import json
 import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,12 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastres
 from fastres import cli, models, recording, sites
-from fastres.profiler import Profile, ProfileError, limits
+from fastres.profiler import Profile, ProfileError, limits, table
 from fastres.profiler.advice import advice
 from fastres.profiler.blocks import find_blocks
 from fastres.profiler.count import Count
 from fastres.profiler.walk import Walk
 
+KEPT = Path(__file__).with_name("profile.json")
 _copy_speed = limits._copy_speed
 
 
@@ -234,6 +236,27 @@ def test_the_tables_have_each_op_and_the_sums_of_its_block():
         assert shown["MB to move"] == f"{sum(sum(row.data['bytes'].values()) for row in rows) / 1e6:.1f}"
         for index, seconds in enumerate(block.by_round("fused", "backward")):
             assert seconds == pytest.approx(sum(row.by_round("fused", "backward")[index] for row in rows))
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 180])
+def test_the_tables_names_are_whole_on_a_narrow_terminal(width, monkeypatch):
+    result = Profile.read(KEPT)
+    result.data["blocks"][3]["name"] = "resnet.encoder.stages.3.layers.1"
+    result.data["blocks"][3]["ops"][0]["reason"] = "a forward hook is set on a layer with a long name"
+    monkeypatch.setattr(table, "_WIDTH", width)
+    shown = io.StringIO()
+    result.show(shown)
+    blocks, ops = [text.splitlines() for text in shown.getvalue().split("\n\n")[:2]]
+    lines = blocks[-len(result.blocks) :]
+    titles, *ops = ops
+    assert [line.split()[0] for line in lines] == [block.block for block in result.blocks]
+    assert all(len(line) <= width and "…" not in line for line in (*lines, titles, *ops))
+    assert "lost ms" in titles and ("GFLOP" in titles) == (width == 180)
+    column = slice(titles.index("op"), titles.index("ran"))
+    names = "".join(line[column].replace(" ", "") for line in ops)
+    assert names == "".join(
+        row.name.replace(" ", "") for row in sorted(result.rows, key=lambda row: -row.lost)
+    )
 
 
 def test_says_why_an_op_runs_unfused():

@@ -9,7 +9,7 @@ from fastres.profiler.compare import Comparison
 from fastres.profiler.result import Profile, Row
 from fastres.timing import Spread
 
-_WIDTH = 180  # of a file or a pipe: nothing is cut
+_WIDTH = 200  # of a file or a pipe: nothing is cut
 
 
 def show(profile: Profile, file=None) -> None:
@@ -17,9 +17,9 @@ def show(profile: Profile, file=None) -> None:
     console = _console(file)
     console.print(profile.title)
     console.print(str(profile.machine))
-    console.print(_blocks(profile))
+    console.print(_blocks(profile, console))
     console.print()
-    console.print(_ops(profile))
+    console.print(_ops(profile, console))
     console.print()
     _footer(console, profile)
 
@@ -35,7 +35,7 @@ def show_comparison(comparison: Comparison, file=None) -> None:
         )
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("block", "op", ""):
-        table.add_column(title)
+        _add_text(table, title)
     for title in ("a ms", "b ms", "b / a", "interval", "change"):
         table.add_column(title, justify="right")
     ops = [change for change in comparison.ops if change.slower or change.faster]
@@ -62,46 +62,69 @@ def _console(file) -> Console:
     return console
 
 
-def _blocks(profile: Profile) -> Table:
+def _blocks(profile: Profile, console: Console) -> Table:
     blocks = profile.blocks
-    return _table(["block"], [[block.block] for block in blocks], blocks)
+    return _fitting(["block"], [[block.block] for block in blocks], blocks, console)
 
 
-def _ops(profile: Profile) -> Table:
+def _ops(profile: Profile, console: Console) -> Table:
     rows = sorted(profile.rows, key=lambda row: -row.lost)
-    return _table(["block", "op", "ran"], [[row.block, row.name, row.ran] for row in rows], rows)
+    texts = [[row.block, row.name, row.ran] for row in rows]
+    return _fitting(["block", "op", "ran"], texts, rows, console)
 
 
-def _table(titles: list[str], texts: list[list[str]], rows: list[Row]) -> Table:
-    """Of the rows' numbers, behind their texts."""
-    directions = rows[0].directions if rows else []
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in titles:
-        table.add_column(title, max_width=34 if title == "op" else 24)
-    for title in (*(f"{d} ms" for d in directions), *_NUMBERS):
-        table.add_column(title, justify="right")
-    for text, row in zip(texts, rows, strict=True):
-        table.add_row(*text, *_numbers(row, directions))
+# In the order in which they are left out of a table that is too wide.
+_DISPENSABLE = (
+    "GFLOP", "MB to move", "± ms", "bound ms", "reached", "backward ms", "forward ms", "stock/fused",
+    "stock ms",
+)  # fmt: skip
+
+
+def _fitting(titles: list[str], texts: list[list[str]], rows: list[Row], console: Console) -> Table:
+    """Of the rows' numbers, behind their texts: of as many as the width has place for."""
+    numbers, wide = [_numbers(row) for row in rows], console.options.update_width(10_000)
+    table = _table(titles, texts, numbers)
+    for title in _DISPENSABLE:
+        if console.measure(table, options=wide).maximum <= console.width:
+            break
+        for row in numbers:
+            row.pop(title, None)
+        table = _table(titles, texts, numbers)
     return table
 
 
-_NUMBERS = ("± ms", "stock ms", "stock/fused", "GFLOP", "MB to move", "bound ms", "reached", "lost ms")
+def _table(titles: list[str], texts: list[list[str]], numbers: list[dict[str, str]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in titles:
+        _add_text(table, title)
+    for title in numbers[0] if numbers else ():
+        table.add_column(title, justify="right", no_wrap=True)
+    for text, row in zip(texts, numbers, strict=True):
+        table.add_row(*text, *row.values())
+    return table
 
 
-def _numbers(row: Row, directions: list[str]) -> list[str]:
+def _add_text(table: Table, title: str) -> None:
+    """A column of text, which is never cut: a block's name stays whole, others go on in the next line."""
+    width = {"op": 34, "ran": 24}.get(title)
+    table.add_column(title, max_width=width, no_wrap=title == "block", overflow="fold")
+
+
+def _numbers(row: Row) -> dict[str, str]:
+    """By the titles of their columns."""
     fused, stock = row.seconds("fused"), row.seconds("stock")
     spread = Spread.of(row.by_round("fused"))
-    return [
-        *(f"{row.seconds('fused', d) * 1e3:.2f}" for d in directions),
-        f"{(spread.high - spread.low) / 2 * 1e3:.2f}",
-        f"{stock * 1e3:.2f}",
-        f"{row.speedup().median:.2f}x" if fused else "",
-        f"{sum(row.data['flops'].values()) / 1e9:.2f}",
-        f"{sum(row.data['bytes'].values()) / 1e6:.1f}",
-        f"{row.bound * 1e3:.2f}",
-        f"{row.bound / fused:.0%}" if fused else "",
-        f"{row.lost * 1e3:.2f}",
-    ]
+    return {
+        **{f"{d} ms": f"{row.seconds('fused', d) * 1e3:.2f}" for d in row.directions},
+        "± ms": f"{(spread.high - spread.low) / 2 * 1e3:.2f}",
+        "stock ms": f"{stock * 1e3:.2f}",
+        "stock/fused": f"{row.speedup().median:.2f}x" if fused else "",
+        "GFLOP": f"{sum(row.data['flops'].values()) / 1e9:.2f}",
+        "MB to move": f"{sum(row.data['bytes'].values()) / 1e6:.1f}",
+        "bound ms": f"{row.bound * 1e3:.2f}",
+        "reached": f"{row.bound / fused:.0%}" if fused else "",
+        "lost ms": f"{row.lost * 1e3:.2f}",
+    }
 
 
 def _footer(console: Console, profile: Profile) -> None:
