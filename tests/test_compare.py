@@ -1,6 +1,7 @@
 """fastres profile --compare: real changes are named, noise is not."""
 
 import copy
+import json
 import random
 import time
 from pathlib import Path
@@ -16,6 +17,12 @@ from fastres.profiler.result import Profile
 
 KEPT = Path(__file__).with_name("profile.json")
 ROUNDS = 5
+_text = KEPT.read_text()
+
+
+def kept() -> dict:
+    """The kept profile's data."""
+    return json.loads(_text)
 
 
 def measured(
@@ -29,7 +36,7 @@ def measured(
         slower: factors of blocks' fused times.
     """
     draw = random.Random(seed)
-    data = copy.deepcopy(Profile.read(KEPT).data)
+    data = kept()
 
     def rounds(seconds: float) -> list[float]:
         return [seconds * machine * max(draw.gauss(1, noise), 0.2) for _ in range(ROUNDS)]
@@ -129,6 +136,14 @@ def test_what_only_one_has_is_named():
     assert len([line for line in comparison.missing if line.startswith("only in a: layer1.2")]) == ops
     assert len([line for line in comparison.missing if line.startswith("only in b: layer9.9")]) == ops
     assert "layer9.9" not in [change.block for change in comparison.blocks]
+    assert comparison.sentence() == (
+        "Of the ops that both have, nothing changed beyond the noise. "
+        "3 ops are only in a. 3 ops are only in b."
+    )
+    del b.data["blocks"][3]["ops"][1:]
+    assert a.compare(b).sentence().endswith("3 ops are only in a. 1 op is only in b.")
+    b.data["blocks"] = a.data["blocks"]
+    assert a.compare(b).sentence() == "Nothing changed beyond the noise."
 
 
 class Pause(nn.Module):
@@ -199,9 +214,25 @@ def test_refuses_in_one_sentence(words, message, capsys, tmp_path, monkeypatch):
     assert message in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
+def test_refuses_profiles_without_a_common_op(capsys, tmp_path):
+    paths = {name: tmp_path / f"{name}.json" for name in ("empty", "foreign")}
+    data = kept()
+    for block in data["blocks"]:
+        block["name"] = f"foreign.{block['name']}"
+    Profile(data).to_json(paths["foreign"])
+    Profile({**data, "blocks": []}).to_json(paths["empty"])
+    for a, b in ((KEPT, paths["empty"]), (paths["foreign"], KEPT), (paths["empty"], paths["empty"])):
+        assert main(["profile", "--compare", str(a), str(b), "--fail-above", "5"]) == 2
+        printed = capsys.readouterr()
+        assert "have no op in common" in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
 def test_refuses_training_beside_inference(capsys, tmp_path):
-    other = Profile.read(KEPT)
+    other = Profile(kept())
     other.data["settings"]["mode"] = "infer"
+    for row in other.rows:
+        for times in (row.data["flops"], row.data["bytes"], row.data["bound"]):
+            del times["backward"]
     other.to_json(tmp_path / "infer.json")
     assert main(["profile", "--compare", str(KEPT), str(tmp_path / "infer.json")]) == 2
     assert "of mode train" in capsys.readouterr().err

@@ -401,16 +401,6 @@ def test_a_slow_product_is_not_made_larger(speed, size, monkeypatch):
     assert sizes[-1] == size
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[1]", '{"a": 1}', '{"fastres_profile": 99}', '{"fastres_profile": 1}']
-)
-def test_refuses_a_file_that_is_no_profile(text, tmp_path):
-    path = tmp_path / "x.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match="x.json: is "):
-        Profile.read(path)
-
-
 @pytest.mark.parametrize("option", ["json", "html", "trace"])
 def test_a_full_disk_leaves_nothing_half_written(option, tmp_path, monkeypatch, capsys):
     def full(file):

@@ -91,15 +91,22 @@ class Comparison:
         step = self.step
         changed = [c for c in self.blocks if c.slower or c.faster]
         if not (changed or step.slower or step.faster):
-            return "Nothing changed beyond the noise."
-        words = ["The step is as fast as before, within the noise."]
-        if step.slower or step.faster:
+            words = ["Nothing changed beyond the noise."]
+            if self.missing:
+                words = ["Of the ops that both have, nothing changed beyond the noise."]
+        elif step.slower or step.faster:
             value = max(step.ratio, 1 / step.ratio)
             words = [f"The step became {value:.2f}x {'slower' if step.slower else 'faster'}."]
+        else:
+            words = ["The step is as fast as before, within the noise."]
         for name in ("slower", "faster"):
             found = sorted((c for c in changed if getattr(c, name)), key=lambda c: -abs(c.b - c.a))
             if found:
                 words.append(f"{name.capitalize()} beyond the noise: {', '.join(map(str, found))}.")
+        for place in ("only in a", "only in b"):
+            count = sum(line.startswith(f"{place}: ") for line in self.missing)
+            if count:
+                words.append(f"{count} {'op is' if count == 1 else 'ops are'} {place}.")
         return " ".join(words)
 
 
@@ -107,13 +114,16 @@ def compare(a: Profile, b: Profile) -> Comparison:
     """What became of a's times in b.
 
     Raises:
-        ValueError: one is of training and one of inference.
+        ValueError: one is of training and one of inference, or they have no op in common.
     """
     modes = [p.data["settings"]["mode"] for p in (a, b)]
     if modes[0] != modes[1]:
         raise ValueError(f"one profile is of mode {modes[0]}, the other of mode {modes[1]}")
     rows = [{(row.block, row.name): row for row in profile.rows} for profile in (a, b)]
     both = [key for key in rows[0] if key in rows[1]]
+    if not both:
+        models = " and ".join(str(p.data["settings"]["model"]) for p in (a, b))
+        raise ValueError(f"the profiles, of {models}, have no op in common")
     differences = _differences(a, b)
     same_stock = all(difference.startswith("fastres: ") for difference in differences)
     blocks = dict.fromkeys(block for block, _ in both)

@@ -15,6 +15,11 @@ _COLOURS = {"fused": "--fused", "stock": "--stock"}
 
 def html(profile: Profile) -> str:
     """The whole page."""
+    return page(f"fastres profile: {profile.title}", *body_and_figures(profile))
+
+
+def body_and_figures(profile: Profile) -> tuple[str, dict[str, dict]]:
+    """What the page consists of."""
     rounds = profile.data["settings"]["repeat"]
     body = [
         f"<h1>{escaped(profile.title)}</h1>",
@@ -48,7 +53,7 @@ def html(profile: Profile) -> str:
         _section("The machine", "", _limits(profile)),
     ]
     figures = {"blocks": _blocks(profile), "roofline": _roofline(profile), "memory": _memory(profile)}
-    return page(f"fastres profile: {profile.title}", "\n".join(body), figures)
+    return "\n".join(body), figures
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -216,7 +221,7 @@ def _blocks(profile: Profile) -> dict:
                 "y": [escaped(block.block) for block in blocks],
                 "marker": {"color": _COLOURS[variant]},
                 "hovertemplate": "%{y}, " + variant + ": %{x:.2f} ms<extra></extra>",
-                **bars(variant, views[0][1]),
+                **bars(variant, directions),
             }
             for variant in profile.variants
         ],

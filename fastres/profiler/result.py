@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ _PARTS = (
     "blocks",
     "rest",
     "memory",
+    "memory_marks",
     "advice",
 )
 _SUMMED = ("seconds", "flops", "bytes", "bound", "saved_bytes")
@@ -38,6 +40,31 @@ def _sum(values: list):
     if isinstance(first, list):
         return [sum(numbers) for numbers in zip(*values, strict=True)]
     return sum(values)
+
+
+def _try(profile: Profile) -> None:
+    """Make all that a profile is read for.
+
+    Raises:
+        Exception: of any type, where something in it is not as `to_json` writes it.
+    """
+    from fastres.profiler.report import body_and_figures
+
+    data = profile.data
+    json.dumps(data, allow_nan=False)
+    directions = ["forward", *(["backward"] if data["settings"]["mode"] == "train" else [])]
+    for row in profile.rows:
+        if row.directions != directions or not (isinstance(row.block, str) and isinstance(row.name, str)):
+            raise ValueError("an op has no name, or other passes than its mode")
+    parts = [row.by_round(v, d) for row in profile.rows for v in profile.variants for d in directions]
+    parts += [times for by_variant in data["rest"].values() for times in by_variant.values()]
+    steps = [*data["whole_step"].values(), *data["profiled_step"].values()]
+    if not (all(min(times) >= 0 for times in parts) and all(min(times) > 0 for times in steps)):
+        raise ValueError("a time is not positive")
+    body_and_figures(profile)
+    profile.show(io.StringIO())
+    if profile.rows:
+        profile.compare(profile)
 
 
 @dataclass(frozen=True)
@@ -120,20 +147,25 @@ class Profile:
         """A profile that was written by `to_json`.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it is none, or is damaged.
             OSError: it cannot be read.
         """
         try:
-            data = json.loads(Path(path).read_text())
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
             version = data["fastres_profile"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f"{path}: is no profile that `fastres profile --json` wrote") from None
         if version != VERSION:
-            raise ValueError(f"{path}: is of version {version} of the profiles, expected {VERSION}")
+            raise ValueError(f"{path}: is of version {version!r} of the profiles, expected {VERSION}")
         missing = [part for part in _PARTS if part not in data]
         if missing:
             raise ValueError(f"{path}: is a profile without {', '.join(missing)}")
-        return cls(data)
+        profile = cls(data)
+        try:
+            _try(profile)
+        except Exception:  # whatever may be missing or of another type
+            raise ValueError(f"{path}: is a damaged profile, which cannot be shown") from None
+        return profile
 
     @property
     def rows(self) -> list[Row]:
@@ -156,7 +188,7 @@ class Profile:
 
     @property
     def machine(self) -> Machine:
-        return Machine(**self.data["machine"])
+        return Machine(**{field.name: self.data["machine"][field.name] for field in fields(Machine)})
 
     def speedup(self, against: str = "stock") -> Spread:
         """Of the whole step, timed outside the profiler: `against`'s time / fused's, round by round."""
@@ -206,7 +238,7 @@ class Profile:
         """What became of this profile's times in the other one.
 
         Raises:
-            ValueError: one is of training and one of inference.
+            ValueError: one is of training and one of inference, or they have no op in common.
         """
         from fastres.profiler.compare import compare
 
