@@ -132,7 +132,8 @@ def measure(
                 breakdown[name] = {"seconds": time_by_part(variant.step, device)}
                 advance()
                 if arguments.mode == "train":
-                    breakdown[name]["saved_bytes"] = variant.saved_bytes()
+                    with _errors(name):
+                        breakdown[name]["saved_bytes"] = variant.saved_bytes()
                 advance()
     settings = {name: getattr(arguments, name) for name in _SETTINGS}
     return _result(settings, machine, seconds, breakdown, variants)
@@ -214,15 +215,33 @@ def check(arguments: argparse.Namespace) -> list[str]:
 # a variant
 
 
+@contextlib.contextmanager
+def _errors(name: str) -> Iterator[None]:
+    """Tell what the variant's model says to its input as a BenchError."""
+    try:
+        yield
+    except BenchError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        raise BenchError(f"{name} cannot run these settings: {first_line(error)}") from error
+
+
 class Variant:
     """A model and the step that is timed.
 
     Args:
         name: "fused", "eager" (stock layers), or of torch.compile of stock layers.
         arguments: of `fastres bench`.
+
+    Raises:
+        BenchError: the model cannot run these settings.
     """
 
     def __init__(self, name: str, arguments: argparse.Namespace) -> None:
+        with _errors(name):
+            self._set_up(name, arguments)
+
+    def _set_up(self, name: str, arguments: argparse.Namespace) -> None:
         self.name = name
         self.device = torch.device(arguments.device)
         self.training = arguments.mode == "train"
@@ -239,15 +258,12 @@ class Variant:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = _model(arguments.model)
-        try:
-            self.model = model.to(self.device, memory_format=layout).train(self.training)
-            self.optimizer = None
-            if self.training:
-                # At so small a rate a batch seen many times is not learned by heart: its gradients would
-                # become denormal numbers, which are slow.
-                self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-5, momentum=0.9)
-        except ValueError as error:  # no parameters, or lazy ones
-            raise BenchError(f"{name} cannot run these settings: {first_line(error)}") from error
+        self.model = model.to(self.device, memory_format=layout).train(self.training)
+        self.optimizer = None
+        if self.training:
+            # At so small a rate a batch seen many times is not learned by heart: its gradients would become
+            # denormal numbers, which are slow.
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-5, momentum=0.9)
         if name == "fused" and not (self.training or arguments.contiguous):
             model = self.model = optimize_for_inference(self.model, inplace=True)
         mode = _STOCK_VARIANTS.get(name)
@@ -263,16 +279,13 @@ class Variant:
         Raises:
             BenchError: the model cannot run these settings.
         """
-        try:
-            with recording.record() if self.name == "fused" else contextlib.nullcontext([]) as records:
+        with recording.record() if self.name == "fused" else contextlib.nullcontext([]) as records:
+            self.step()
+        advance()
+        for _ in range(self._warm_up_calls - 1):
+            with self._watch_memory():
                 self.step()
             advance()
-            for _ in range(self._warm_up_calls - 1):
-                with self._watch_memory():
-                    self.step()
-                advance()
-        except Exception as error:  # whatever the user's code raises
-            raise BenchError(f"{self.name} cannot run these settings: {first_line(error)}") from error
         for record in records:
             if not record.fused:
                 reason = record.reason[1]
@@ -281,7 +294,13 @@ class Variant:
                 self.convolutions["fastres" if record.own_convolution else "PyTorch"] += 1
 
     def step(self) -> None:
-        self._take_step(self.images, self.labels)
+        """One step.
+
+        Raises:
+            BenchError: the model cannot run these settings.
+        """
+        with _errors(self.name):
+            self._take_step(self.images, self.labels)
 
     def _infer(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(), self._context():

@@ -225,6 +225,8 @@ def test_tells_why_sites_of_the_fused_model_ran_stock(capsys, monkeypatch):
             ["--batch", "1", "--image-size", "1"],
             "fused cannot run these settings: Expected more than 1 value",
         ),
+        (["--batch", "100000000", "--image-size", "1000"], "fused cannot run these settings: "),
+        (["--batch", "9" * 23], "fused cannot run these settings: "),
     ],
 )
 def test_bad_arguments_get_one_sentence(words, message, capsys):
@@ -372,6 +374,24 @@ class Raises(nn.Conv2d):
     def forward(self, x):
         return {}["missing"]
 
+class Tires(nn.Conv2d):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == self.out_channels:
+            raise OSError("not once more")
+        return super().forward(x).mean((2, 3))
+
+def third():
+    return Tires(3, 3, 3)
+
+def eighth():
+    return Tires(3, 8, 3)
+
+def on_meta():
+    return nn.Conv2d(3, 8, 3, device="meta")
+
 def raises():
     return Raises(3, 8, 3)
 
@@ -396,6 +416,9 @@ def leaves():
         ("classifier", ""),
         ("two", "fused cannot run these settings: "),
         ("no_parameters", "fused cannot run these settings: "),
+        ("third", "fused cannot run these settings: not once more"),
+        ("eighth", "fused cannot run these settings: not once more"),
+        ("on_meta", "fused cannot run these settings: Cannot copy out of meta tensor"),
         ("raises", "fused cannot run these settings: KeyError: 'missing'"),
         ("returns_a_dict", "fused cannot run these settings: "),
         ("leaves", "building it raised SystemExit: 3"),
@@ -404,9 +427,7 @@ def leaves():
 def test_models_of_a_users_file(name, message, tmp_path, capsys):
     file = tmp_path / "models.py"
     file.write_text(FOREIGN)
-    status = main(
-        f"bench --model {file}:{name} --batch 2 --image-size 16 --repeat 1 --against eager".split()
-    )
+    status = main(f"bench --model {file}:{name} --batch 2 --image-size 16 --repeat 2 --breakdown".split())
     error = capsys.readouterr().err
     assert status == (2 if message else 0) and message in error
     assert len(error.splitlines()) == bool(message)

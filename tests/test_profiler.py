@@ -299,6 +299,21 @@ class Picky(nn.Conv2d):
         assert x.size(-1) == 17, "no images of 16"
 
 
+class Divides(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) / (1 // 0)
+
+
+class Reads(nn.Conv2d):
+    def forward(self, x):
+        raise FileNotFoundError("no weights")
+
+
+class OneOfItsKind(nn.Conv2d):
+    def __deepcopy__(self, memo):
+        raise NotImplementedError("it holds a lock\nand more")
+
+
 class Fickle(nn.Module):
     """Calls one layer more each time."""
 
@@ -331,6 +346,9 @@ class Fickle(nn.Module):
         (Fickle(), images(), {}, "calls other modules from one step to the next"),
         (3, images(), {}, "model has type int, expected torch.nn.Module"),
         (Picky(), images(), {}, "the model cannot run these settings: no images of 16"),
+        (Divides(3, 3, 1), images(), {}, "the model cannot run these settings: integer division"),
+        (Reads(3, 3, 1), images(), {}, "the model cannot run these settings: no weights"),
+        (OneOfItsKind(3, 3, 1), images(), {}, "the model cannot run these settings: it holds a lock$"),
     ],
 )
 def test_refuses(model, input, settings, message):
@@ -355,6 +373,7 @@ def test_command(tmp_path, capsys):
         ("--json /no/such/folder/out.json", "cannot write there"),
         ("--against eager", "expected 'stock'"),
         ("--batch 1000000000", "--batch 1000000000: "),
+        ("--batch 99999999999999999999999", "--batch 99999999999999999999999: "),
         ("--json x --html x", "two of them are one file"),
         ("--model cifar_resnet20 --batch 1 --image-size 2", "cannot run these settings"),
     ],
@@ -363,6 +382,14 @@ def test_command_refuses_in_one_sentence(words, message, capsys):
     assert cli.main(["profile", *words.split()]) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("fastres profile: ") and error.count("\n") == 1
+
+
+def test_command_refuses_a_model_without_data(tmp_path, capsys):
+    path = tmp_path / "models.py"
+    path.write_text("import torch\n\ndef build():\n    return torch.nn.Conv2d(3, 8, 3, device='meta')\n")
+    assert cli.main(f"profile --model {path}:build --batch 2 --image-size 16".split()) == 2
+    error = capsys.readouterr().err
+    assert f"--model {path}:build: Cannot copy out of meta" in error and error.count("\n") == 1
 
 
 def test_a_cache_is_as_fast_as_any_size_that_it_holds():

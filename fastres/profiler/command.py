@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from fastres.errors import first_line
 from fastres.models import by_name
 from fastres.profiler.measure import ProfileError, profile, steps
 from fastres.profiler.result import Profile
@@ -124,13 +125,17 @@ def _measure(arguments: argparse.Namespace) -> Profile:
     size, layout = arguments.image_size, {"memory_format": torch.channels_last}
     try:
         images = torch.randn(arguments.batch, 3, size, size).to(arguments.device, **layout)
-    except RuntimeError as error:
-        raise ProfileError(f"--batch {arguments.batch}: {str(error).partition(chr(10))[0]}") from error
+    except Exception as error:  # there is too little memory, or no such number of images
+        raise ProfileError(f"--batch {arguments.batch}: {first_line(error)}") from error
+    try:
+        model = model.to(arguments.device, **layout)
+    except Exception as error:  # whatever the user's code raises
+        raise ProfileError(f"--model {arguments.model}: {first_line(error)}") from error
     against = tuple(filter(None, arguments.against.split(",")))
     rounds = steps(against, arguments.repeat)
     with shown("profile", rounds) as advance:
         return profile(
-            model.to(arguments.device, **layout),
+            model,
             images,
             mode=arguments.mode,
             dtype=arguments.dtype,

@@ -74,14 +74,29 @@ def profile(
         ProfileError: the model cannot run so, or what was asked for makes no sense.
         OSError: the trace cannot be written.
     """
-    subject = _Subject(model, input, target, mode, dtype)
+    with _errors():
+        subject = _Subject(model, input, target, mode, dtype)
     unknown = set(against) - set(VARIANTS)
     if unknown or "stock" not in against:
         raise ProfileError(f"against={against!r}: expected 'stock', and 'compile' if wanted")
     if repeat < 1:
         raise ProfileError(f"repeat={repeat}: expected 1 or more")
-    with subject.errors(), cudnn_benchmark():
-        return _profile(subject, name or type(model).__name__, tuple(against), repeat, trace_path, advance)
+    with _errors(), cudnn_benchmark():
+        result, traces = _profile(subject, name or type(model).__name__, tuple(against), repeat, advance)
+    if trace_path is not None:
+        _write_trace(traces, trace_path)
+    return result
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Tell what the model says to its input as a ProfileError."""
+    try:
+        yield
+    except ProfileError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        raise ProfileError(f"the model cannot run these settings: {first_line(error)}") from error
 
 
 def steps(against: tuple[str, ...], repeat: int) -> int:
@@ -90,7 +105,7 @@ def steps(against: tuple[str, ...], repeat: int) -> int:
     return variants * (_WARM_UP + repeat) + 2 * repeat + 6
 
 
-def _profile(subject, name, against, repeat, trace_path, advance) -> Profile:
+def _profile(subject, name, against, repeat, advance) -> tuple[Profile, dict[str, Trace]]:
     wholes = {"fused": subject.step, "stock": subject.stock_step}
     if "compile" in against:
         wholes["compile"] = subject.compiled_step()
@@ -128,8 +143,6 @@ def _profile(subject, name, against, repeat, trace_path, advance) -> Profile:
             lambda switch, step=step: step(Walk(subject.model, switch)), subject.device, label
         )
         advance()
-    if trace_path is not None:
-        _write_trace(traces, trace_path)
     bound = limits.measured(subject.device)
     advance()
     data = {
@@ -158,7 +171,7 @@ def _profile(subject, name, against, repeat, trace_path, advance) -> Profile:
                 v: {d: t.ops.get((place, d), []) for d in directions} for v, t in traces.items()
             }
     data["advice"] = advice(Profile({**data, "advice": []}))
-    return Profile(data)
+    return Profile(data), traces
 
 
 def _add_counts(entry, op: Op, directions, count: Count, bytes, bound: limits.Limits, dtype: str) -> None:
@@ -208,16 +221,6 @@ class _Subject:
             raise ProfileError("no parameter of the model requires a gradient; profile it in mode 'infer'")
         self.optimizer = torch.optim.SGD(parameters, lr=1e-5, momentum=0.9) if self.training else None
         self.forward: Callable[..., Any] = self.model
-
-    @contextmanager
-    def errors(self) -> Iterator[None]:
-        """Tell what the model says to its input as a ProfileError."""
-        try:
-            yield
-        except ProfileError:
-            raise
-        except (ValueError, TypeError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
-            raise ProfileError(f"the model cannot run these settings: {first_line(error)}") from error
 
     def settings(self, name: str) -> dict:
         return {
