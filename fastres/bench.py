@@ -26,7 +26,16 @@ from fastres.fuse import fuse
 from fastres.inference import optimize_for_inference
 from fastres.models import by_name
 from fastres.progress import shown
-from fastres.timing import Machine, Seconds, Spread, cudnn_benchmark, interleave, ratios, usable_cores
+from fastres.timing import (
+    Machine,
+    Seconds,
+    Spread,
+    cudnn_benchmark,
+    interleave,
+    ratios,
+    too_few,
+    usable_cores,
+)
 
 # torch.compile's mode; none where stock layers run as they are.
 _STOCK_VARIANTS = {
@@ -396,7 +405,7 @@ def _print(result: dict) -> None:
         if name in result["speedup"]:
             speedup = result["speedup"][name]
             line += f"   {speedup['median']:.2f}x ({speedup['low']:.2f} to {speedup['high']:.2f}): "
-            line += f"fused is {in_words(speedup)}"
+            line += too_few(settings["repeat"]) or f"fused is {in_words(speedup)}"
         print(line)
     for reason, count in result["unfused"].items():
         print(f"{count} sites of the fused model ran stock: {reason}")

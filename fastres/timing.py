@@ -18,6 +18,8 @@ import torch
 
 Seconds = dict[str, list[float]]  # of each variant, by round
 
+_LEAST_ROUNDS = 3  # whose quartiles tell of their noise
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -37,6 +39,13 @@ class Spread:
     def includes(self, value: float) -> bool:
         """Whether it lies between the quartiles."""
         return self.low <= value <= self.high
+
+
+def too_few(rounds: int) -> str:
+    """What is to be said in place of faster or slower after so few rounds; "" after enough."""
+    if rounds >= _LEAST_ROUNDS:
+        return ""
+    return f"the noise of {rounds} round{'s' if rounds > 1 else ''} is not known"
 
 
 def interleave(

@@ -95,9 +95,20 @@ def test_foreign_models_are_fused_first(torchvision, tmp_path):
 @pytest.mark.parametrize("factor, word", [(2.0, "faster"), (0.5, "slower")])
 def test_says_faster_and_slower_alike(factor, word, monkeypatch, capsys):
     monkeypatch.setattr(bench, "interleave", lambda *_: {"fused": [1.0] * 3, "eager": [factor] * 3})
-    assert run() == 0
+    assert run("--repeat", "3") == 0
     ratio = f"{factor:.2f}"
     assert capsys.readouterr().out.endswith(f"{ratio}x ({ratio} to {ratio}): fused is {word}\n")
+
+
+@pytest.mark.parametrize("rounds, words", [("1", "1 round"), ("2", "2 rounds")])
+def test_too_few_rounds_are_not_called_faster_or_slower(rounds, words, monkeypatch, capsys):
+    monkeypatch.setattr(
+        bench,
+        "interleave",
+        lambda *_: {name: [s] * int(rounds) for name, s in (("fused", 1.0), ("eager", 2.0))},
+    )
+    assert run("--repeat", rounds) == 0
+    assert capsys.readouterr().out.endswith(f"(2.00 to 2.00): the noise of {words} is not known\n")
 
 
 def test_says_when_the_rounds_disagree():

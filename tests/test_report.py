@@ -193,6 +193,18 @@ def test_the_headline_says_within_the_noise_as_the_advice_does(opened, profile):
     assert advice(profile)[0].startswith("Fused is as fast as stock, within the noise")
 
 
+@pytest.mark.parametrize("stock", [2.0, 0.5])
+def test_too_few_rounds_are_not_called_faster_or_slower(opened, profile, stock):
+    profile.data["whole_step"] = {"fused": [1.0, 1.0], "stock": [stock, stock]}
+    profile.data["profiled_step"] = profile.data["whole_step"]
+    page = opened()
+    words = f"{stock:.2f}× as fast as stock (the noise of 2 rounds is not known), {stock:.2f} to"
+    assert page.locator(".headline div").first.text_content().startswith(words)
+    assert advice(profile)[0] == (
+        f"Fused is {stock:.2f}x as fast as stock; the noise of 2 rounds is not known."
+    )
+
+
 def test_the_table_says_what_pytorch_saw(opened, profile):
     profile.data["blocks"][0]["ops"][0]["called"]["fused"] = {
         "forward": ["a::b"],

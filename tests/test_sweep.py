@@ -1,6 +1,7 @@
 """fastres sweep: what it measures, what it keeps, what it says."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from fastres import bench
 from fastres.cli import main
 from fastres.sweep.grid import Cell, Sweep, cells
 from fastres.sweep.heat_map import html
-from fastres.sweep.show import label, sentence
+from fastres.sweep.show import label, sentence, show
 
 MACHINE = {
     "cpu": "a cpu",
@@ -35,7 +36,7 @@ def threads():
 
 def sweep(path, words="", batch="2", size="8"):
     """The exit status."""
-    model = "--model cifar_resnet20 --repeat 2 --threads 1 --dtype fp32"
+    model = "--model cifar_resnet20 --repeat 3 --threads 1 --dtype fp32"
     return main(f"sweep {model} --batch {batch} --image-size {size} --out {path} {words}".split())
 
 
@@ -72,7 +73,7 @@ def speedups(*pairs) -> tuple[Sweep, list[Cell]]:
 
 def test_measures_every_cell_and_says_so(tmp_path, capsys):
     path = tmp_path / "sweep.json"
-    command_line = "sweep --model cifar_resnet20 --batch 2,3 --image-size 8 --dtype fp32,bf16 --repeat 2"
+    command_line = "sweep --model cifar_resnet20 --batch 2,3 --image-size 8 --dtype fp32,bf16 --repeat 3"
     assert main([*command_line.split(), "--out", str(path)]) == 0
     data = json.loads(path.read_text())
     assert [(c["cell"]["dtype"], c["cell"]["batch"]) for c in data["cells"]] == [
@@ -83,9 +84,9 @@ def test_measures_every_cell_and_says_so(tmp_path, capsys):
     ]
     for cell in data["cells"]:
         times = cell["result"]["seconds_by_round"]
-        assert len(times["fused"]) == len(times["eager"]) == 2
+        assert len(times["fused"]) == len(times["eager"]) == 3
         ratios = [stock / fused for stock, fused in zip(times["eager"], times["fused"], strict=True)]
-        assert cell["result"]["speedup"]["eager"]["median"] == pytest.approx(sum(ratios) / 2)
+        assert cell["result"]["speedup"]["eager"]["median"] == pytest.approx(sorted(ratios)[1])
     printed = capsys.readouterr().out
     assert printed.count("px") == 2 + printed.count("(worst") and "Of 4 cells, fused is against" in printed
 
@@ -133,7 +134,26 @@ def test_a_cell_that_cannot_run_does_not_stop_the_others(tmp_path, measured, mon
     assert "faster in 2 (median 1.25x), unable to run in 1." in printed and "cannot run" in printed
 
 
-@pytest.mark.parametrize("other", ["--mode infer", "--repeat 3", "--against compile"])
+def test_where_no_cell_can_run_the_command_fails(tmp_path, capsys):
+    for _ in range(2):  # measured, and read from the file
+        assert sweep(tmp_path / "sweep.json", batch="9" * 23) == 2
+        assert capsys.readouterr().out.endswith("\nFused and eager can run in no cell.\n")
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_too_few_rounds_are_not_called_faster_or_slower(rounds, monkeypatch):
+    monkeypatch.setitem(SETTINGS, "repeat", rounds)
+    result, grid = speedups((1.1, 1.3), (0.5, 0.7), None)
+    noise = f"the noise of {rounds} round{'s' if rounds > 1 else ''} is not known"
+    assert sentence(result, grid, "eager") == f"Whether fused is faster than eager cannot be told: {noise}."
+    shown, page = io.StringIO(), html(result, grid)
+    show(result, grid, shown)
+    assert shown.getvalue().count("x noise unknown (") == 2
+    assert "1.20x<br>noise<br>unknown" in page and '"z":[[0.0],[-0.0],[null]]' in page
+    assert not re.search("faster [(i]|slower [(i]|x<br>(faster|slower)", shown.getvalue() + page)
+
+
+@pytest.mark.parametrize("other", ["--mode infer", "--repeat 4", "--against compile"])
 def test_refuses_to_go_on_with_other_settings(tmp_path, measured, capsys, other):
     path = tmp_path / "sweep.json"
     assert sweep(path) == 0
@@ -163,6 +183,7 @@ def test_refuses_to_go_on_with_another_machines(tmp_path, measured, capsys):
         "\x00",
         "9" * 5000,
         '{"fastres_sweep": 1, "cells": 3}',
+        pytest.param(50_000 * "[", id="deep"),
     ],
 )
 def test_leaves_a_file_that_is_no_sweep_alone(tmp_path, measured, capsys, content):
@@ -173,7 +194,21 @@ def test_leaves_a_file_that_is_no_sweep_alone(tmp_path, measured, capsys, conten
     assert path.read_text() == content and not measured
 
 
-@pytest.mark.parametrize("result", ["null", '"fast"', "{}", '{"speedup": {}}', '{"speedup": {"eager": 3}}'])
+@pytest.mark.parametrize(
+    "result",
+    [
+        "null",
+        '"fast"',
+        '"an error"',
+        "{}",
+        '{"error": null}',
+        '{"speedup": {}}',
+        '{"speedup": {"eager": 3}}',
+        '{"speedup": {"eager": {}}, "images_per_second": {"eager": 1}}',
+        '{"speedup": {"eager": {"low": 1, "high": 1}}, "images_per_second": {"eager": 1}}',
+        '{"speedup": {"eager": {"low": 1, "median": 1, "high": 1}}, "images_per_second": {"eager": NaN}}',
+    ],
+)
 def test_leaves_a_file_with_a_broken_cell_alone(tmp_path, measured, capsys, result):
     path = tmp_path / "sweep.json"
     assert sweep(path) == 0
@@ -249,7 +284,7 @@ def test_a_full_disk_is_told_with_the_files_name(name, tmp_path, measured, monke
 
 def test_says_faster_and_slower_alike():
     result, grid = speedups((1.1, 1.3), (1.3, 1.5), (0.9, 1.1), (0.8, 0.9), (0.5, 0.7), None)
-    labels = [label(result.results[cell].get("speedup", {}).get("eager", {})) for cell in grid]
+    labels = [label(result.results[cell].get("speedup", {}).get("eager", {}), 3) for cell in grid]
     assert labels == [
         "1.20x faster",
         "1.40x faster",
@@ -261,6 +296,9 @@ def test_says_faster_and_slower_alike():
     assert sentence(result, grid, "eager") == (
         "Of 6 cells, fused is against eager faster in 2 (median 1.30x), slower in 2 "
         "(worst 0.60x: m, batch 5, 8 px, fp32, 1 thread), within the noise in 1, unable to run in 1."
+    )
+    assert sentence(*speedups((1.1, 1.3)), "eager") == (
+        "Of 1 cell, fused is against eager faster in 1 (median 1.20x)."
     )
     page = html(result, grid)
     assert all(text.replace(" ", "<br>", 2) in page for text in labels)

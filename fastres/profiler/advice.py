@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from fastres.profiler.result import Profile
+from fastres.timing import too_few
 
 _MOST = 3  # blocks' groups that are told of
 _AGREES_WITHIN = 0.05  # of the step
@@ -17,7 +18,10 @@ def advice(profile: Profile) -> list[str]:
     for against in profile.data["settings"]["against"]:
         speedup = profile.speedup(against)
         value, spread = speedup.median, f"({speedup.low:.2f}x to {speedup.high:.2f}x)"
-        if speedup.includes(1):
+        unknown = too_few(len(profile.data["whole_step"]["fused"]))
+        if unknown:
+            sentences.append(f"Fused is {value:.2f}x as fast as {against}; {unknown}.")
+        elif speedup.includes(1):
             sentences.append(f"Fused is as fast as {against}, within the noise {spread}.")
         elif value > 1:
             sentences.append(f"Fused is {value:.2f}x faster than {against} {spread}.")

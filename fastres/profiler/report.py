@@ -7,7 +7,7 @@ from statistics import median
 
 from fastres.profiler.page import escaped, page
 from fastres.profiler.result import Profile, Row
-from fastres.timing import Spread
+from fastres.timing import Spread, too_few
 
 _MOST_POINTS = 1500  # of a line of memory over time
 _COLOURS = {"fused": "--fused", "stock": "--stock"}
@@ -81,7 +81,11 @@ def _headline(profile: Profile) -> str:
         times = f"{_ms(whole['fused'])} against {_ms(whole[against])} ms a step"
         speeds = f"{images / whole['fused']:.1f} against {images / whole[against]:.1f} images/s"
         verdict = f"{value:.2f}× {'faster' if faster else 'slower'}</b> than {escaped(against)}"
-        if spread.includes(1):
+        unknown = too_few(len(profile.data["whole_step"]["fused"]))
+        if unknown:
+            verdict = f"{spread.median:.2f}× as fast</b> as {escaped(against)} ({unknown})"
+            low, high = spread.low, spread.high
+        elif spread.includes(1):
             verdict = f"As fast</b> as {escaped(against)}, within the noise: {value:.2f}×"
         parts.append(
             f"<div><b>{verdict}, {low:.2f} to {high:.2f}<br><small>{times}, {speeds}</small></div>"

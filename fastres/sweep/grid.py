@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -77,7 +78,7 @@ class Sweep:
             kept = {**data["settings"], **data["machine"]}
             for result in results.values():
                 _check(result, kept["against"].split(","))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise SweepError(f"{path}: is no file that `fastres sweep` wrote") from None
         if version != VERSION:
             raise SweepError(f"{path}: is of version {version} of the sweeps, expected {VERSION}")
@@ -90,6 +91,11 @@ class Sweep:
         if other:
             raise SweepError(f"{path}: was measured with {', '.join(other)}; --restart measures all anew")
         self.results.update(results)
+
+    def errors(self, grid: Iterable[Cell]) -> list[tuple[Cell, str]]:
+        """The cells that cannot run, and why."""
+        results = ((cell, self.results[cell]) for cell in grid)
+        return [(cell, result["error"]) for cell, result in results if "error" in result]
 
     def write(self, path: Path) -> None:
         """Replace the file.
@@ -111,11 +117,11 @@ class Sweep:
 def _check(result: dict, against: list[str]) -> None:
     """
     Raises:
-        KeyError, TypeError, ValueError: it is no cell's.
+        AttributeError, KeyError, TypeError, ValueError: it is no cell's.
     """
-    if "error" in result:
+    if isinstance(result.get("error"), str):
         return
     for name in against:
-        for value in (*result["speedup"][name].values(), result["images_per_second"][name]):
-            if not value > 0:
-                raise ValueError(value)
+        spread = [result["speedup"][name][key] for key in ("median", "low", "high")]
+        if not all(0 < value < math.inf for value in (*spread, result["images_per_second"][name])):
+            raise ValueError(f"{name} has a value that is not positive")

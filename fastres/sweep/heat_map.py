@@ -9,7 +9,7 @@ from fastres.files import replaced
 from fastres.profiler.page import escaped, page
 from fastres.sweep.grid import Cell, Sweep
 from fastres.sweep.show import against_of, label, maps, sentence
-from fastres.timing import Machine
+from fastres.timing import Machine, too_few
 
 # Blue is faster, red slower. All are light, in both schemes, so that the text on them is dark.
 _COLOURS = [[0.0, "#e4695e"], [0.5, "#f3f1ec"], [1.0, "#6f9fe8"]]
@@ -49,9 +49,8 @@ def html(sweep: Sweep, grid: list[Cell]) -> str:
             f"<section><h2>{escaped(title)}: {escaped(against)}'s time / fused's</h2>"
             f'<figure><div id="{name}"></div></figure></section>'
         )
-        figures[name] = _figure(matrix, most)
-    errors = [(cell, sweep.results[cell]["error"]) for cell in grid if "error" in sweep.results[cell]]
-    if errors:
+        figures[name] = _figure(matrix, most, sweep.settings["repeat"])
+    if errors := sweep.errors(grid):
         lines = "".join(f"<li>{escaped(cell)}: {escaped(reason)}</li>" for cell, reason in errors)
         body.append(f"<section><h2>Cells that cannot run</h2><ul>{lines}</ul></section>")
     return page("fastres sweep", "\n".join(body), figures)
@@ -62,18 +61,19 @@ def _distance(speedup: dict[str, float]) -> float:
     return max(speedup["median"], 1 / speedup["median"])
 
 
-def _figure(matrix: dict[tuple[int, int], dict], most: float) -> dict:
+def _figure(matrix: dict[tuple[int, int], dict], most: float, rounds: int) -> dict:
     sizes = list(dict.fromkeys(size for _, size in matrix))
     batches = list(dict.fromkeys(batch for batch, _ in matrix))
+    known = not too_few(rounds)  # else all have the colour of neither
     rows = [[matrix[batch, size] for size in sizes] for batch in batches]
-    words = [[label(s).replace(" ", "<br>", 2) for s in row] for row in rows]
+    words = [[label(s, rounds).replace(" ", "<br>", 2) for s in row] for row in rows]
     return {
         "data": [
             {
                 "type": "heatmap",
                 "x": [f"{size} px" for size in sizes],
                 "y": [f"batch {batch}" for batch in batches],
-                "z": [[math.log(s["median"]) if s else None for s in row] for row in rows],
+                "z": [[math.log(s["median"]) * known if s else None for s in row] for row in rows],
                 "zmin": -math.log(most),
                 "zmax": math.log(most),
                 "colorscale": _COLOURS,

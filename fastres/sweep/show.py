@@ -11,6 +11,7 @@ from rich.text import Text
 
 from fastres.bench import in_words
 from fastres.sweep.grid import Cell, Sweep
+from fastres.timing import too_few
 
 _STYLES = {"faster": "black on green3", "slower": "white on red3"}
 
@@ -22,9 +23,8 @@ def show(sweep: Sweep, grid: list[Cell], file=None) -> None:
         console.width = 160
     for title, against, matrix in maps(sweep, grid):
         console.print(f"\n{title}: {against}'s time / fused's", style="bold")
-        console.print(_heat_map(matrix))
-    failed = [(cell, sweep.results[cell]["error"]) for cell in grid if "error" in sweep.results[cell]]
-    for cell, reason in failed:
+        console.print(_heat_map(matrix, sweep.settings["repeat"]))
+    for cell, reason in sweep.errors(grid):
         console.print(f"{cell}: {reason}")
     console.print()
     for against in against_of(sweep):
@@ -46,16 +46,25 @@ def maps(sweep: Sweep, grid: list[Cell]) -> Iterator[tuple[str, str, dict[tuple[
             )
 
 
-def label(speedup: dict[str, float]) -> str:
+def label(speedup: dict[str, float], rounds: int) -> str:
     """What a cell says, faster and slower alike."""
+    words = _in_words(speedup, rounds)
+    return f"{speedup['median']:.2f}x {words}" if speedup else words
+
+
+def _in_words(speedup: dict[str, float], rounds: int) -> str:
     if not speedup:
         return "cannot run"
-    words = in_words(speedup)
-    return f"{speedup['median']:.2f}x {words if words in _STYLES else 'within the noise'}"
+    words = "noise unknown" if too_few(rounds) else in_words(speedup)
+    return "within the noise" if words.startswith("as fast") else words
 
 
 def sentence(sweep: Sweep, grid: list[Cell], against: str) -> str:
     """How often fused is faster, how often slower."""
+    if len(sweep.errors(grid)) == len(grid):
+        return f"Fused and {against} can run in no cell."
+    if unknown := too_few(sweep.settings["repeat"]):
+        return f"Whether fused is faster than {against} cannot be told: {unknown}."
     found: dict[str, list[tuple[float, Cell]]] = {"faster": [], "slower": [], "noise": [], "failed": []}
     for cell in grid:
         speedup = sweep.results[cell].get("speedup", {}).get(against)
@@ -72,14 +81,15 @@ def sentence(sweep: Sweep, grid: list[Cell], against: str) -> str:
         parts.append(f"within the noise in {len(found['noise'])}")
     if found["failed"]:
         parts.append(f"unable to run in {len(found['failed'])}")
-    return f"Of {len(grid)} cells, fused is against {against} {', '.join(parts)}."
+    cells = f"{len(grid)} cell{'s' if len(grid) > 1 else ''}"
+    return f"Of {cells}, fused is against {against} {', '.join(parts)}."
 
 
 def against_of(sweep: Sweep) -> list[str]:
     return list(dict.fromkeys(filter(None, sweep.settings["against"].split(","))))
 
 
-def _heat_map(matrix: dict[tuple[int, int], dict]) -> Table:
+def _heat_map(matrix: dict[tuple[int, int], dict], rounds: int) -> Table:
     sizes = list(dict.fromkeys(size for _, size in matrix))
     table = Table(box=None, pad_edge=False)
     table.add_column("batch", justify="right")
@@ -89,8 +99,8 @@ def _heat_map(matrix: dict[tuple[int, int], dict]) -> Table:
         texts = []
         for size in sizes:
             speedup = matrix[batch, size]
-            style = _STYLES.get(in_words(speedup), "") if speedup else "dim"
+            style = _STYLES.get(_in_words(speedup, rounds), "") if speedup else "dim"
             quartiles = f" ({speedup['low']:.2f} to {speedup['high']:.2f})" if speedup else ""
-            texts.append(Text(f" {label(speedup)}{quartiles} ", style=style))
+            texts.append(Text(f" {label(speedup, rounds)}{quartiles} ", style=style))
         table.add_row(str(batch), *texts)
     return table
