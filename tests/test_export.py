@@ -24,24 +24,20 @@ MAKE = {
     "frozen": lambda model: fastres.fuse(model).requires_grad_(False),
     "optimize_for_inference": fastres.optimize_for_inference,
 }
+CASES = [(kind, "train", True, 64) for kind in ("fuse", "frozen")]
+CASES += [(kind, "eval", True, size) for kind in MAKE for size in (17, 64)]
+CASES += [("fuse", mode, False, 64) for mode in ("train", "eval")]
 
 
-@pytest.mark.parametrize("size", [64, 17])
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("kind, mode, grad, size", CASES)
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non_strict"])
-@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
-def test_any_number_of_images(make, strict, grad, training, size, few_values, monkeypatch):
+def test_any_number_of_images(kind, mode, grad, size, strict, few_values, monkeypatch):
     monkeypatch.undo()  # the usual rule of few values
-    stock = model().train(training)
-    fused = make(stock)
-    if fused.training != training:
-        pytest.skip("optimize_for_inference() is for inference")
-    images = channels_last(torch.randn(4, 3, size, size))
+    stock = model().train(mode == "train")
+    fused = MAKE[kind](stock)
+    images, shapes = channels_last(torch.randn(4, 3, size, size)), ({0: Dim("batch", min=2, max=64)},)
     with torch.set_grad_enabled(grad):
-        exported = export(
-            fused, (images,), dynamic_shapes=({0: Dim("batch", min=2, max=64)},), strict=strict
-        )
+        exported = export(fused, (images,), dynamic_shapes=shapes, strict=strict)
         for batch in (2, 7, 64):
             images = channels_last(torch.randn(batch, 3, size, size))
             expected = copy.deepcopy(stock)(images)
