@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from fastres import _C, recording, sites
 from fastres.breakdown import PARTS, time_by_part
 from fastres.cuda_graph import CudaGraphs, GraphedStep
-from fastres.errors import first_line
+from fastres.errors import told_as
 from fastres.files import replaced
 from fastres.fuse import fuse
 from fastres.inference import optimize_for_inference
@@ -224,15 +224,9 @@ def check(arguments: argparse.Namespace) -> list[str]:
 # a variant
 
 
-@contextlib.contextmanager
-def _errors(name: str) -> Iterator[None]:
+def _errors(name: str) -> contextlib.AbstractContextManager[None]:
     """Tell what the variant's model says to its input as a BenchError."""
-    try:
-        yield
-    except BenchError:
-        raise
-    except Exception as error:  # whatever the user's code raises
-        raise BenchError(f"{name} cannot run these settings: {first_line(error)}") from error
+    return told_as(BenchError, f"{name} cannot run these settings")
 
 
 class Variant:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import fx
 
 from fastres import inplace, sites
 from fastres.aliasing import used_once
+from fastres.nodes import source_of
 from fastres.patterns import untouched_guard
 from fastres.trace import Trace
 from fastres.watch import Guard
@@ -61,9 +62,8 @@ def _block_that_ends_in(traced: Trace, node: fx.Node) -> _Block | None:
     identities: list[fx.Node] = []
 
     def before(value: fx.Node) -> fx.Node:
-        while traced.calls(value, nn.Identity) and used_once(value):
-            identities.append(value)
-            value = value.args[0]
+        value, calls = source_of(traced, value)
+        identities.extend(calls)
         return value
 
     input, residual = map(before, node.args[3:])

@@ -23,18 +23,15 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")
     try:
         try:
-            status = _main(argv)
+            return _main(argv)
         finally:
             sys.stdout.flush()  # here and not at exit, where a closed pipe could no longer be dealt with
     except BrokenPipeError:  # such as `fastres doctor | head -1`
-        status = 1
+        pass
     except OSError as error:  # of the output's, as the commands deal with those of their files
         print(f"fastres: cannot write its output: {error.strerror or error}", file=sys.stderr)
-        status = 1
-    else:
-        return status
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-    return status
+    return 1
 
 
 def _main(argv: list[str] | None) -> int:

@@ -1,6 +1,7 @@
 """What the commands' sentences about mistakes have in common."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -18,6 +19,17 @@ def with_type(error: BaseException) -> str:
 
 def _line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
+
+
+@contextmanager
+def told_as(kind: type[Exception], words: str) -> Iterator[None]:
+    """Raise what the user's code raises in this context, whatever that is, as a sentence that begins so."""
+    try:
+        yield
+    except kind:
+        raise
+    except Exception as error:
+        raise kind(f"{words}: {first_line(error)}") from error
 
 
 def did_you_mean(name: str, names: Iterable[str], otherwise: str) -> str:

@@ -106,13 +106,12 @@ class Variant:
 
     def __init__(self, module: nn.Module, training: bool) -> None:
         self.traced: Trace = trace(module, training=training)
-        self.inlined: frozenset[nn.Module] = frozenset()
-        if inlined := containers_to_inline(self.traced):
+        self.inlined = containers_to_inline(self.traced)
+        if self.inlined:
             try:
-                self.traced = trace(module, training=training, inline=inlined)
-                self.inlined = inlined
+                self.traced = trace(module, training=training, inline=self.inlined)
             except Untraceable:
-                pass
+                self.inlined = frozenset()
         self.chains: list[Chain] = find_chains(self.traced)
 
     def depends_on_mode(self) -> bool:

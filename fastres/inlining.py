@@ -7,13 +7,14 @@ containers of a convolution, a batch norm and a ReLU.
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import NamedTuple
 
 from torch import fx, nn
 
 from fastres import sites
 from fastres.aliasing import used_once
-from fastres.nodes import BATCH_NORMS, addends, is_relu, use_of
+from fastres.nodes import BATCH_NORMS, addends, is_relu, source_of, use_of
 from fastres.trace import Trace, check_class, trace, untouched
 from fastres.vet import Untraceable
 from fastres.watch import stock_class
@@ -38,18 +39,20 @@ class Line(NamedTuple):
 
     Attributes:
         begin: the value that the first one takes.
+        end: the value that the last one gives.
         convolutions: how many there are.
         containers: the modules, of any depth, that call some of them.
     """
 
     begin: fx.Node
+    end: fx.Node
     convolutions: int
     containers: list[nn.Module]
 
 
 def line_to(traced: Trace, value: fx.Node) -> Line:
     """The longest line that ends in this value."""
-    convolutions, containers = 0, []
+    end, convolutions, containers = value, 0, []
     while used_once(value):
         if is_relu(traced, value) or traced.calls(value, nn.BatchNorm2d, nn.Identity):
             pass
@@ -61,7 +64,7 @@ def line_to(traced: Trace, value: fx.Node) -> Line:
         else:
             break
         (value,) = value.all_input_nodes
-    return Line(value, convolutions, containers)
+    return Line(value, end, convolutions, containers)
 
 
 def _line_through(traced: Trace, call: fx.Node) -> Line | None:
@@ -73,15 +76,23 @@ def _line_through(traced: Trace, call: fx.Node) -> Line | None:
     return line._replace(containers=[traced.callee(call), *line.containers])
 
 
+def lines_of_block(traced: Trace, add: fx.Node) -> tuple[Line, Line] | None:
+    """Shortcut and branch of the residual block that ends in this sum, if one does."""
+    lines = [line_to(traced, addend) for addend in addends(add)]
+    shortcut, branch = sorted(lines, key=attrgetter("convolutions"))
+    one = shortcut.begin is branch.begin and shortcut.convolutions <= 1 and branch.convolutions >= 2
+    return (shortcut, branch) if one else None
+
+
 def _of_block(traced: Trace, add: fx.Node) -> list[nn.Module]:
     """The containers in a residual block; its shortcut is none where a site calls that as it is."""
-    lines = [(addend, line_to(traced, addend)) for addend in addends(add)]
-    (shortcut, short), (_, branch) = sorted(lines, key=lambda line: line[1].convolutions)
-    if short.begin is not branch.begin or short.convolutions > 1 or branch.convolutions < 2:
+    lines = lines_of_block(traced, add)
+    if lines is None:
         return []
-    if traced.calls(shortcut) and sites.is_projection(traced.callee(shortcut)):
+    shortcut, branch = lines
+    if traced.calls(shortcut.end) and sites.projection_of(traced.callee(shortcut.end)) is not None:
         return branch.containers
-    return [*branch.containers, *short.containers]
+    return [*branch.containers, *shortcut.containers]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -98,11 +109,8 @@ def _around_last_batch_norm(traced: Trace, add: fx.Node) -> list[nn.Module]:
 
 def _call_behind(traced: Trace, value: fx.Node) -> fx.Node | None:
     """The call that made a value which is used once, looked up through nn.Identity."""
-    while used_once(value):
-        if not traced.calls(value, nn.Identity):
-            return value
-        value = value.args[0]
-    return None
+    source, _ = source_of(traced, value)
+    return source if used_once(source) else None
 
 
 def _path_to_batch_norm(traced: Trace, call: fx.Node) -> list[nn.Module]:

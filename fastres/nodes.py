@@ -66,3 +66,12 @@ def use_of(traced: Trace, node: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]
         identities.append(user)
         node = user
     return None, identities
+
+
+def source_of(traced: Trace, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+    """The value behind calls of nn.Identity that are used once, and these calls."""
+    identities: list[fx.Node] = []
+    while traced.calls(node, nn.Identity) and used_once(node):
+        identities.append(node)
+        node = node.args[0]
+    return node, identities

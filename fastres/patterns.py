@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from fastres import inplace, sites
 from fastres.aliasing import Memory, used_once
-from fastres.inlining import line_to
+from fastres.inlining import lines_of_block
 from fastres.nodes import BATCH_NORMS, addends, is_relu, use_of
 from fastres.trace import Trace, untouched
 from fastres.watch import Guard, Reason, module_code, stock_class
@@ -77,13 +77,13 @@ def find_chains(traced: Trace) -> list[Chain]:
 
 
 def _ends_shortcut(traced: Trace, bn: fx.Node) -> bool:
-    """Whether what the batch norm gives is added to what a longer branch makes of the same value."""
-    user, identities = use_of(traced, bn)
-    if user is None or not addends(user):
+    """Whether what the batch norm gives is a residual block's projection."""
+    add, identities = use_of(traced, bn)
+    lines = lines_of_block(traced, add) if add is not None and addends(add) else None
+    if lines is None:
         return False
-    value = identities[-1] if identities else bn
-    own, other = (line_to(traced, addend) for addend in sorted(addends(user), key=lambda a: a is not value))
-    return own.begin is other.begin and own.convolutions == 1 < other.convolutions
+    shortcut, _ = lines
+    return shortcut.convolutions == 1 and shortcut.end is (identities[-1] if identities else bn)
 
 
 def _around_batch_norm(traced: Trace, bn: fx.Node) -> Iterator[Chain]:

@@ -335,7 +335,7 @@ def _as_one(branch, shortcut: Shortcut, input: Tensor) -> Tensor | None:
         return None
     layers = list(branch)
     if shortcut is not None:
-        projection = _conv_and_bn(shortcut)
+        projection = projection_of(shortcut)
         if projection is None:
             return None
         layers.append((*projection, None))
@@ -371,7 +371,7 @@ def _as_one(branch, shortcut: Shortcut, input: Tensor) -> Tensor | None:
 def _through(shortcut: nn.Module | tuple[nn.Module, nn.Module], input: Tensor) -> Tensor:
     """shortcut(input), by the site that it is where the block runs as one."""
     joined = type(shortcut) is tuple or not _why_each_call_is_seen()
-    projection = _conv_and_bn(shortcut) if joined else None
+    projection = projection_of(shortcut) if joined else None
     return shortcut(input) if projection is None else conv_bn_act(*projection, None, input, relu=False)
 
 
@@ -383,13 +383,11 @@ def _layer(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Layer:
     return Layer(weight, *vectors, geometry, bn.momentum, bn.eps)
 
 
-def is_projection(shortcut: nn.Module) -> bool:
-    """Whether residual_block() runs it together with the branch."""
-    return _conv_and_bn(shortcut) is not None
+def projection_of(shortcut: nn.Module | tuple[nn.Module, nn.Module]) -> tuple[nn.Module, nn.Module] | None:
+    """The convolution and the batch norm that calling a shortcut calls, if it does no more than that.
 
-
-def _conv_and_bn(shortcut: nn.Module | tuple[nn.Module, nn.Module]) -> tuple[nn.Module, nn.Module] | None:
-    """The two modules that calling a shortcut calls, if it does no more than that."""
+    residual_block() runs them together with the branch.
+    """
     if type(shortcut) is tuple:
         return shortcut
     kind = getattr(type(shortcut), "_stock_class", type(shortcut))

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     ("transformers", "resnet-26", 8, 0),
 ])  # fmt: skip
 def test_fused_blocks_of_clients(client, arch, blocks, layers, request):
-    request.getfixturevalue("torchvision" if client == "transformers" else client)
+    request.getfixturevalue(client)
     model = fastres.fuse(build(f"{client}:{arch}")).train()
     if client == "transformers":
         model = Logits(model)

@@ -76,6 +76,17 @@ def test_few_values(few_values, monkeypatch):
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-4)
 
 
+def test_in_inference_mode():
+    """Where tensors count no versions."""
+    with torch.inference_mode():
+        model, x = made(), channels_last(torch.randn(8, 32, 12, 14))
+        stock = copy.deepcopy(model)
+        output = model(x)
+        with sites.stock():
+            torch.testing.assert_close(output, stock(x))
+        torch.testing.assert_close(model[1].running_mean, stock[1].running_mean)
+
+
 def test_the_convolution_is_ours():
     with recording.record() as records:
         made()(channels_last(torch.randn(8, 32, 12, 14)))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fastres.errors import first_line
+from fastres.errors import told_as
 from fastres.models import by_name
 from fastres.profiler.measure import ProfileError, profile, steps
 from fastres.profiler.result import Profile
@@ -123,14 +123,10 @@ def _measure(arguments: argparse.Namespace) -> Profile:
     except ValueError as error:
         raise ProfileError(f"--model {arguments.model}: {error}") from error
     size, layout = arguments.image_size, {"memory_format": torch.channels_last}
-    try:
+    with told_as(ProfileError, f"--batch {arguments.batch}"):  # of too little memory, or no such number
         images = torch.randn(arguments.batch, 3, size, size).to(arguments.device, **layout)
-    except Exception as error:  # there is too little memory, or no such number of images
-        raise ProfileError(f"--batch {arguments.batch}: {first_line(error)}") from error
-    try:
+    with told_as(ProfileError, f"--model {arguments.model}"):
         model = model.to(arguments.device, **layout)
-    except Exception as error:  # whatever the user's code raises
-        raise ProfileError(f"--model {arguments.model}: {first_line(error)}") from error
     against = tuple(filter(None, arguments.against.split(",")))
     rounds = steps(against, arguments.repeat)
     with shown("profile", rounds) as advance:

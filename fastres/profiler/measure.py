@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastres import sites
-from fastres.errors import first_line
+from fastres.errors import told_as
 from fastres.fuse import fuse
 from fastres.inference import optimize_for_inference
 from fastres.profiler import limits
@@ -88,15 +88,9 @@ def profile(
     return result
 
 
-@contextmanager
-def _errors() -> Iterator[None]:
+def _errors() -> AbstractContextManager[None]:
     """Tell what the model says to its input as a ProfileError."""
-    try:
-        yield
-    except ProfileError:
-        raise
-    except Exception as error:  # whatever the user's code raises
-        raise ProfileError(f"the model cannot run these settings: {first_line(error)}") from error
+    return told_as(ProfileError, "the model cannot run these settings")
 
 
 def steps(against: tuple[str, ...], repeat: int) -> int:

@@ -17,7 +17,6 @@ from fastres.train.loop import (
     CHECKPOINT,
     CURVES,
     METRICS,
-    PREVIOUS,
     DivergedError,
     FolderError,
     Progress,
@@ -80,14 +79,13 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.resume:
             training.resume()
         training.open_folder()
-        replaces = not arguments.resume and (training.folder / METRICS).exists()
         layers = "fused" if settings.fused else "stock"
         print(
             f"{settings.arch} ({layers}, {settings.dtype}, {settings.device}) on {data.description}: "
             f"{len(data.train)} images to train on, {len(data.test)} held out"
         )
-        if replaces:
-            print(f"the run that is there goes to {training.folder / PREVIOUS}; --resume goes on with one")
+        if training.previous is not None:
+            print(f"the run that is there goes to {training.previous}; --resume goes on with one")
         with _shown_progress(settings.epochs) as progress:
             training.train(progress)
         accuracy = training.evaluate()

@@ -197,10 +197,10 @@ def _fingerprint(root: Path, size: int, *parts: list[tuple[Path, int]]) -> str:
         found.update(b"\0")
         for path, label in files:
             try:
-                size = path.stat().st_size
+                file_size = path.stat().st_size
             except OSError as error:  # such as a link that leads nowhere
                 raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-            found.update(f"{path.relative_to(root)}\0{size}\0{label}\n".encode())
+            found.update(f"{path.relative_to(root)}\0{file_size}\0{label}\n".encode())
     return found.hexdigest()
 
 

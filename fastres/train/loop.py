@@ -71,8 +71,6 @@ _PROGRESS_SECONDS = 0.1
 _FREE = {"workers", "device", "cuda_graph"}
 
 CHECKPOINT, METRICS, CURVES = "checkpoint.pt", "metrics.csv", "curves.png"
-# Where a run is kept that was in the folder before.
-PREVIOUS = "previous"
 
 _KEYS = {"settings", "data", "model", "optimizer", "epochs", "random"}
 
@@ -180,11 +178,17 @@ class Run:
                 title = f"{self.settings.arch} on {self.data.description}"
                 report.draw_curves(self.epochs, title, self.folder / CURVES)
 
+    @property
+    def previous(self) -> Path | None:
+        """Where the run in the folder is going to be kept, if this is not its continuation."""
+        if self.epochs or not (self.folder / METRICS).exists():
+            return None
+        return self.folder / "previous"
+
     def _put_aside(self) -> None:
-        """Keep the run that is in the folder, in a folder of its own."""
-        if not (self.folder / METRICS).exists():
+        previous = self.previous
+        if previous is None:
             return
-        previous = self.folder / PREVIOUS
         previous.mkdir(exist_ok=True)
         for name in (CHECKPOINT, METRICS, CURVES):
             (previous / name).unlink(missing_ok=True)
