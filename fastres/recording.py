@@ -9,7 +9,17 @@ from threading import get_ident
 
 from torch import nn
 
-__all__ = ["Reason", "Record", "begin", "current", "listen", "listening", "record", "telling"]
+__all__ = [
+    "Reason",
+    "Record",
+    "begin",
+    "current",
+    "listen",
+    "listening",
+    "listening_to_sequences",
+    "record",
+    "telling",
+]
 
 # The module that is in the way, None where it is none of the site's; and what is so about it, in words that
 # "on <the module's name>" can follow: (bn2, "a forward hook is set").
@@ -53,15 +63,24 @@ class Record:
 
 
 Listener = Callable[[Record], object]
+# Called with the records of layers that ran one after the other in one call, and with the times, by
+# time.perf_counter(), of the call, of each layer's begin and of the last one's end.
+SequenceListener = Callable[[list[Record], list[float]], object]
 
 # By thread. Mostly there is nothing in them, which is all that a call then asks.
 _listeners: dict[int, Listener] = {}
+_sequence_listeners: dict[int, SequenceListener] = {}
 _records: dict[int, Record] = {}
 
 
 def listening() -> Listener | None:
     """Who listens to this thread's sites."""
     return _listeners.get(get_ident()) if _listeners else None
+
+
+def listening_to_sequences() -> SequenceListener | None:
+    """Who listens to this thread's sites where they run in sequences; else, listened to, none does."""
+    return _sequence_listeners.get(get_ident()) if _sequence_listeners else None
 
 
 def current() -> Record | None:
@@ -88,15 +107,21 @@ def telling(record: Record | None) -> Iterator[None]:
 
 
 @contextmanager
-def listen(listener: Listener) -> Iterator[None]:
-    """Have `listener` called as each site begins, in this context."""
+def listen(listener: Listener, of_sequence: SequenceListener | None = None) -> Iterator[None]:
+    """Have `listener` called as each site begins, in this context.
+
+    Args:
+        of_sequence: called after a sequence; without it, sites that could run in one run one by one.
+    """
     thread = get_ident()
-    outer = _listeners.get(thread)
+    outer = _listeners.get(thread), _sequence_listeners.get(thread)
     _listeners[thread] = listener
+    _put(_sequence_listeners, thread, of_sequence)
     try:
         yield
     finally:
-        _put(_listeners, thread, outer)
+        _put(_listeners, thread, outer[0])
+        _put(_sequence_listeners, thread, outer[1])
         _put(_records, thread, None)
 
 

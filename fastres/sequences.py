@@ -8,10 +8,12 @@ written anew with every run of them as one op. That holds until something about 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 import operator
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -211,6 +213,7 @@ class _Step(NamedTuple):
     geometry: tuple[tuple[int, int], ...]  # stride, padding, dilation
     packed: Tensor
     dtype: torch.dtype
+    record: recording.Record
 
 
 class _Watching(fx.Interpreter):
@@ -241,7 +244,7 @@ class _Watching(fx.Interpreter):
             return None
         geometry = pair(conv.stride, 1), pair(conv.padding, 0), pair(conv.dilation, 1)
         kept = packed(conv.weight, output, geometry[0], geometry[2], conv.groups)
-        return None if kept is None else _Step(conv, bn, relu, geometry, kept, output.dtype)
+        return None if kept is None else _Step(conv, bn, relu, geometry, kept, output.dtype, record)
 
 
 def _values(node: fx.Node) -> list[fx.Node]:
@@ -298,7 +301,14 @@ def _cast_linear(module: nn.Linear, dtype: torch.dtype) -> Callable[[Tensor], Te
         bias = None if module.bias is None else module.bias.to(dtype)
 
     def linear(input: Tensor) -> Tensor:
-        return F.linear(input, weight, bias)
+        listener = recording.listening_to_sequences()
+        if listener is None:
+            return F.linear(input, weight, bias)
+        begin = time.perf_counter()
+        output = F.linear(input, weight, bias)
+        record = recording.Record((module,), type(module).__name__, fused=False, reason=None)
+        listener([record], [begin, begin, time.perf_counter()])
+        return output
 
     return linear
 
@@ -323,11 +333,17 @@ def _sequence(
         tensors += [bn.running_mean, bn.running_var, bn.weight, bn.bias]
         eps.append(bn.eps)
     wanted = list(map(values.index, outputs))
+    records = [step.record for step in steps]
 
     def sequence(*inputs: Tensor) -> list[Tensor]:
         # As they came in the run that was watched, but for the layout of what is cut out of something else.
         inputs = [input.to(dtype).contiguous(memory_format=torch.channels_last) for input in inputs]
+        listener = recording.listening_to_sequences()
         with torch._C._AutoDispatchBelowAutograd():
-            return _run(inputs, tensors, rows, eps, wanted)
+            if listener is None:
+                return _run(inputs, tensors, rows, eps, wanted)
+            *results, times = _run(inputs, tensors, rows, eps, wanted, timed=True)
+        listener([dataclasses.replace(record) for record in records], times.tolist())
+        return results
 
     return sequence

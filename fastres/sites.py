@@ -20,7 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastres import cases, conv_bias, ops, residual_blocks
 from fastres.max_pool import MaxPool
 from fastres.recompute import call_without_keeping
-from fastres.recording import Reason, Record, begin, listening
+from fastres.recording import Reason, Record, begin, listening, listening_to_sequences
 from fastres.residual_blocks import Block, Layer, Op
 
 __all__ = ["add_act", "bn_act", "conv_bn_act", "residual_block", "stock", "why_not"]
@@ -88,7 +88,8 @@ def why_not(*modules: nn.Module | None) -> Reason | None:
 
 def watched() -> bool:
     """Whether somebody is to see each site or module as it is called."""
-    return listening() is not None or _why_no_site() is not None
+    one_by_one = listening() is not None and listening_to_sequences() is None
+    return one_by_one or _why_no_site() is not None
 
 
 def _why_traced() -> Reason | None:

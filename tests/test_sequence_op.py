@@ -1,5 +1,7 @@
 """torch.ops.fastres.conv_bn_act_sequence itself."""
 
+import time
+
 import pytest
 import torch
 from sequencing import images
@@ -26,12 +28,24 @@ def arguments(count=3, channels=32):
     return [[input], tensors, steps, [1e-5] * count, [count - 1, count]]
 
 
-def test_opcheck():
+@pytest.mark.parametrize("timed", [False, True])
+def test_opcheck(timed):
     library.opcheck(
         torch.ops.fastres.conv_bn_act_sequence.default,
-        arguments(),
+        [*arguments(), timed],
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+def test_times_are_those_of_pythons_clock():
+    given = arguments()
+    before = time.perf_counter()
+    *results, times = torch.ops.fastres.conv_bn_act_sequence(*given, timed=True)
+    after = time.perf_counter()
+    assert len(times) == 5 and times.tolist() == sorted(times.tolist())
+    assert before <= times[0] < times[-1] <= after
+    for result, expected in zip(results, torch.ops.fastres.conv_bn_act_sequence(*given), strict=True):
+        torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

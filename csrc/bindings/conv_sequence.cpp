@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <chrono>
 #include <vector>
 
 #include "bindings/conv_arguments.h"
@@ -155,9 +156,16 @@ Ints place(const Sequence& all, const std::vector<void*>& memory, int64_t elemen
     return block_of;
 }
 
-// The values named by `outputs`.
+// By the clock of Python's time.perf_counter.
+double seconds_now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// The values named by `outputs`; and if `timed`, behind them the times of the call, of each step's begin
+// and of the last one's end.
 std::vector<Tensor> run(std::vector<Tensor> inputs, std::vector<OptionalTensor> tensors, Ints steps,
-                        std::vector<double> eps, Ints outputs) {
+                        std::vector<double> eps, Ints outputs, bool timed) {
+    std::vector<double> times{seconds_now()};
     Sequence all = sequence(inputs, tensors, steps, eps);
     const int64_t values = static_cast<int64_t>(all.sizes.size());
     std::vector<void*> memory(values, nullptr);
@@ -180,6 +188,7 @@ std::vector<Tensor> run(std::vector<Tensor> inputs, std::vector<OptionalTensor> 
     for (int64_t i = 0; i < static_cast<int64_t>(all.steps.size()); ++i) {
         const Step& step = all.steps[i];
         cpu::ConvForward& args = all.convolutions[i];
+        if (timed) times.push_back(seconds_now());
         args.output = memory[all.given + i];
         if (!args.output) continue;  // nobody takes it
         args.input = {memory[step.input], nullptr, {}};
@@ -188,6 +197,11 @@ std::vector<Tensor> run(std::vector<Tensor> inputs, std::vector<OptionalTensor> 
         args.shift = all.affines[i].shift.data();
         cpu::conv_forward(args, torch_threads());
     }
+    if (timed) {
+        times.push_back(seconds_now());
+        results.push_back(empty_values(inputs[0], static_cast<int64_t>(times.size()), Dtype::f64));
+        std::copy(times.begin(), times.end(), static_cast<double*>(results.back().data_ptr()));
+    }
     return results;
 }
 
@@ -195,8 +209,8 @@ std::vector<Tensor> run(std::vector<Tensor> inputs, std::vector<OptionalTensor> 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastres, library) {
     library.def(
-        "conv_bn_act_sequence(Tensor[] inputs, Tensor?[] tensors, int[] steps, float[] eps, int[] outputs) "
-        "-> Tensor[]");
+        "conv_bn_act_sequence(Tensor[] inputs, Tensor?[] tensors, int[] steps, float[] eps, int[] outputs, "
+        "bool timed=False) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, library) {

@@ -231,8 +231,12 @@ bool keep_memory(bool keep) {
     return before;
 }
 
+Tensor empty_values(const Tensor& input, int64_t count, Dtype dtype) {
+    return empty(input, count, to_scalar_type(dtype));
+}
+
 Tensor empty_channels(const Tensor& input, Dtype dtype) {
-    return empty(input, input.size(1), to_scalar_type(dtype));
+    return empty_values(input, input.size(1), dtype);
 }
 
 Tensor empty_bytes(const Tensor& input, int64_t bytes) {

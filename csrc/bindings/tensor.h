@@ -58,8 +58,9 @@ Tensor empty_channels_last(const Tensor& like, const Ints& size);
 // Whether they are, from now on; tells whether they were.
 bool keep_memory(bool keep);
 
-// Uninitialised one-dimensional tensors on input's device: accumulators, a workspace, a stand-in for
-// "none".
+// Uninitialised one-dimensional tensors on input's device: of `count` values, accumulators, a workspace, a
+// stand-in for "none".
+Tensor empty_values(const Tensor& input, int64_t count, Dtype dtype);
 Tensor empty_channels(const Tensor& input, Dtype dtype);
 Tensor empty_bytes(const Tensor& input, int64_t bytes);
 Tensor nothing(const Tensor& input);

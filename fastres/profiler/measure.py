@@ -24,7 +24,7 @@ from fastres.profiler.blocks import Block, Op, find_blocks
 from fastres.profiler.count import Count, Saved
 from fastres.profiler.result import VERSION, Profile
 from fastres.profiler.trace import Trace, trace
-from fastres.profiler.walk import Part, Walk
+from fastres.profiler.walk import Part, Piece, Switch, SwitchAt, Walk
 from fastres.timing import Machine, clock_of, cudnn_benchmark
 
 VARIANTS = ("stock", "compile")
@@ -107,11 +107,11 @@ def _profile(subject, name, against, repeat, advance) -> tuple[Profile, dict[str
         for _ in range(_WARM_UP):
             whole()
             advance()
-    blocks, pieces = subject.look()
+    blocks = subject.look()
     advance()
     count = Count()
     with count:
-        subject.stock_step(Walk(subject.model, count.switch))
+        subject.stock_step(subject.walk(count.switch))
     advance()
     saved = {}
     if subject.training:
@@ -127,15 +127,13 @@ def _profile(subject, name, against, repeat, advance) -> tuple[Profile, dict[str
             whole_marks[variant].append((begin, clock.end()))
             advance()
         for variant in ("fused", "stock"):
-            part_marks[variant].append(_marks(subject, wholes[variant], clock, pieces, label))
+            part_marks[variant].append(_marks(subject, wholes[variant], clock, label))
             advance()
     machine = Machine.at_hand(subject.device)
     traces = {}
     for variant in ("fused", "stock"):
         step = wholes[variant]
-        traces[variant] = trace(
-            lambda switch, step=step: step(Walk(subject.model, switch)), subject.device, label
-        )
+        traces[variant] = trace(lambda *to, step=step: step(subject.walk(*to)), subject.device, label)
         advance()
     bound = limits.measured(subject.device)
     advance()
@@ -215,6 +213,8 @@ class _Subject:
             raise ProfileError("no parameter of the model requires a gradient; profile it in mode 'infer'")
         self.optimizer = torch.optim.SGD(parameters, lr=1e-5, momentum=0.9) if self.training else None
         self.forward: Callable[..., Any] = self.model
+        self.pieces: list[Piece] = []
+        self.one_by_one = False  # whether sequences are measured so, as they cannot be told apart otherwise
 
     def settings(self, name: str) -> dict:
         return {
@@ -234,9 +234,11 @@ class _Subject:
             if not self.training:
                 stack.enter_context(torch.inference_mode())
             stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, self.dtype == "bf16"))
-            enter("between blocks")
+            enter("profiler")
             with nullcontext() if walk is None else walk.forward():
+                enter("between blocks")
                 output = self.forward(*self.arguments, **self.keywords)
+                enter("profiler")
             if self.training:
                 enter("loss")
                 loss = self._loss(output)
@@ -277,18 +279,26 @@ class _Subject:
             self.target = classes.to(logits.device)
         return F.cross_entropy(logits, self.target)
 
-    def look(self) -> tuple[list[Block], list]:
-        """The blocks and the pieces of a fused step."""
-        walk = Walk(self.model, lambda part, direction: None)
-        self.step(walk)
-        return find_blocks(self.model, walk.pieces), walk.pieces
+    def look(self) -> list[Block]:
+        """The blocks of a fused step, which walks are from now on to go through."""
+        first = Walk(self.model, lambda part, direction: None)
+        self.step(first)
+        self.pieces = first.pieces
+        in_sequences = self.walk(*[lambda *switched: None] * 2)
+        self.step(in_sequences)
+        # Seen as a whole the model may have other sites than its parts have by themselves.
+        self.one_by_one = not in_sequences.is_as_known()
+        return find_blocks(self.model, self.pieces)
+
+    def walk(self, switch: Switch, switch_at: SwitchAt | None = None) -> Walk:
+        return Walk(self.model, switch, self.pieces, None if self.one_by_one else switch_at)
 
     def saved_bytes(self, step: Callable[[Walk], object]) -> Saved:
         own = [*self.model.parameters(), *self.model.buffers()]
         inputs = [t for t in tree_leaves((self.arguments, self.keywords)) if isinstance(t, Tensor)]
         saved = Saved([*own, *inputs])
         with saved.hooks():
-            step(Walk(self.model, saved.switch))
+            step(self.walk(saved.switch))
         return saved
 
 
@@ -296,7 +306,7 @@ class _Subject:
 # times
 
 
-def _marks(subject: _Subject, step, clock, pieces, label) -> list[tuple[tuple[Part, str], Any]]:
+def _marks(subject: _Subject, step, clock, label) -> list[tuple[tuple[Part, str], Any]]:
     """When which part began to work, in one step."""
     marks = []
     ranges = subject.device.type == "cuda"
@@ -310,12 +320,15 @@ def _marks(subject: _Subject, step, clock, pieces, label) -> list[tuple[tuple[Pa
                 torch.cuda.nvtx.range_end(current)
             current = torch.cuda.nvtx.range_start(f"{label(part)}, {direction}")
 
-    walk = Walk(subject.model, switch)
+    def switch_at(part: Part, direction: str, at: float) -> None:
+        marks.append(((part, direction), at))
+
+    walk = subject.walk(switch, switch_at)
     clock.begin()
     step(walk)
     if current is not None:
         torch.cuda.nvtx.range_end(current)
-    if [piece.modules for piece in walk.pieces] != [piece.modules for piece in pieces]:
+    if not walk.is_as_known():
         raise ProfileError("the model's forward calls other modules from one step to the next")
     return marks
 
@@ -340,7 +353,7 @@ def _parts(blocks: list[Block], part_marks: dict[str, list], clock) -> dict[str,
                     name = part if isinstance(part, str) else "between blocks"
                     row = rest.setdefault(name, {v: [0.0] * len(by_round) for v in rounds})
                     row[variant][index] += seconds
-    # Walking the graph to be watched is no part of the step.
+    # Making ready to watch is no part of the step.
     rest.pop("profiler", None)
     profiled = {
         variant: [sum(s for (p, _), s in t.items() if p != "profiler") for t in by_round]

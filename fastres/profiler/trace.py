@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 from fastres.memory import from_malloc
-from fastres.profiler.walk import Part, Switch
+from fastres.profiler.walk import Part, Switch, SwitchAt
 
 _MARK = "fastres part "
 _LEAST_SHARE = 0.05  # of a part's time that an op must take to be named
@@ -37,27 +38,31 @@ class Trace:
     backward: float | None
 
 
-def trace(step: Callable[[Switch], object], device: torch.device, label: Callable[[Part], str]) -> Trace:
+def trace(
+    step: Callable[[Switch, SwitchAt], object], device: torch.device, label: Callable[[Part], str]
+) -> Trace:
     """Run a step and look at it.
 
     Args:
-        step: runs one, and calls what it gets whenever another part begins to work.
+        step: runs one, and calls what it gets whenever another part begins to work, or began.
         label: the name of a part in the trace.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it tells on stderr that it starts and stops
     from torch.profiler import ProfilerActivity, profile, record_function
 
     marks: list[tuple[Part, str]] = []
+    delays: list[float] = []  # of the marks, in seconds
 
-    def switch(part: Part, direction: str) -> None:
+    def switch_at(part: Part, direction: str, at: float | None = None) -> None:
         with record_function(f"{_MARK}{len(marks)}"):
+            delays.append(0.0 if at is None else time.perf_counter() - at)
             marks.append((part, direction))
 
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     # PyTorch's profiler knows nothing of memory that fastres keeps.
     with from_malloc(), profile(activities=activities, profile_memory=True) as profiler:
-        step(switch)
+        step(switch_at, switch_at)
         if cuda:
             torch.cuda.synchronize(device)
     with tempfile.TemporaryDirectory() as folder:
@@ -69,12 +74,12 @@ def trace(step: Callable[[Switch], object], device: torch.device, label: Callabl
             raise OSError(
                 f"no room for a temporary trace in {folder}; set TMPDIR to another place"
             ) from error
-    return _read(events, marks, device, label)
+    return _read(events, marks, delays, device, label)
 
 
-def _read(events, marks, device, label) -> Trace:
+def _read(events, marks, delays, device, label) -> Trace:
     found = {e["name"]: e["ts"] for e in events if str(e.get("name", "")).startswith(_MARK)}
-    begins = [found[f"{_MARK}{index}"] for index in range(len(marks))]
+    begins = [found[f"{_MARK}{index}"] - delay * 1e6 for index, delay in enumerate(delays)]
     kept = [e for e in events if not str(e.get("name", "")).startswith(_MARK)]
     process = next((e["pid"] for e in kept if e.get("cat") == "cpu_op"), 0)
     track = [{"ph": "M", "name": "thread_name", "pid": process, "tid": _TRACK, "args": {"name": "blocks"}}]
@@ -92,7 +97,7 @@ def _read(events, marks, device, label) -> Trace:
 
 
 def _ops(events, marks, begins, label) -> dict[tuple[str, str], list[str]]:
-    """By the outermost op that is no view and no bookkeeping: what a part is seen to call."""
+    """By the outermost ops that are no views and no bookkeeping: what a part is seen to call."""
     ops = sorted(
         (e for e in events if e.get("cat") == "cpu_op" and "::" in e["name"] and "dur" in e),
         key=lambda e: (e["ts"], -e["dur"]),
@@ -106,10 +111,15 @@ def _ops(events, marks, begins, label) -> dict[tuple[str, str], list[str]]:
             mark += 1
         if op["ts"] < begins[0]:
             continue
-        part, direction = marks[mark]
         # A backward node's own event holds the ops that it calls.
         end = op["ts"] + op["dur"]
-        times[label(part), direction][op["name"]] += op["dur"]
+        # A sequence's op is of several parts.
+        for at in range(mark, len(marks)):
+            if begins[at] >= end:
+                break
+            part, direction = marks[at]
+            after = min([end, *begins[at + 1 : at + 2]])
+            times[label(part), direction][op["name"]] += after - max(begins[at], op["ts"])
     return {
         place: [name for name, time in counts.most_common() if time >= _LEAST_SHARE * counts.total()]
         for place, counts in times.items()
@@ -125,8 +135,8 @@ def _memory(events, begin, end, device) -> list[tuple[float, int]]:
         for e in events
         if e.get("name") == "[memory]" and e["args"].get("Device Type") == kind
     )
-    for time, bytes in changes:
-        if begin <= time <= end:
+    for at, bytes in changes:
+        if begin <= at <= end:
             now += bytes
-            points.append(((time - begin) / 1e3, now))
+            points.append(((at - begin) / 1e3, now))
     return points
