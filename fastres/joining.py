@@ -41,7 +41,9 @@ def nodes_that_meet(node_type: type, input: Tensor, residual: Tensor) -> tuple:
         return (first,)
     if type(shortcut) is node_type:
         first = _first_of_branch(node_type, input, shortcut.next_functions[0])
-    return () if first is None else (first, shortcut)
+    if first is None or first is shortcut:  # whose output is added to the last layer of itself
+        return ()
+    return first, shortcut
 
 
 def _first_of_branch(node_type: type, output: Tensor, source: tuple):

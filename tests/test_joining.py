@@ -126,6 +126,19 @@ def test_an_input_that_is_used_once_more(block, images, apart):
     assert_close_to(gradients(block, images, call), apart(gradients, block, images, call))
 
 
+class AddsWhatItTakes(Block):
+    """The last layer takes the projection itself, to which it is added."""
+
+    def forward(self, images):
+        x = self.layer(0, images, relu=False)
+        return self.layer(1, x, x)
+
+
+def test_a_layer_that_is_added_to_what_it_takes(images, apart):
+    block = AddsWhatItTakes()
+    assert_equal(gradients(block, images), apart(gradients, block, images))
+
+
 def test_two_blocks_from_one_input(block, images, apart):
     def call(images):
         x = block.begin(images)
