@@ -74,10 +74,20 @@ class Memory:
     def overlap(self, value: fx.Node, other: fx.Node) -> bool:
         return bool(self.roots(value) & self.roots(other)) or (self.outside(value) and self.outside(other))
 
-    def disposable(self, value: fx.Node) -> bool:
-        """Whether the value's one user may write to it, or not, and nobody can tell."""
+    def makers(self, value: fx.Node) -> set[fx.Node] | None:
+        """The calls of modules that made the value, if its one user may write to it, or not, and nobody can
+        tell; None if somebody can.
+        """
         sources = self._sources(value)
-        return sources is not None and used_once(value) and all(map(self.disposable, sources))
+        if sources is None or not used_once(value):
+            return None
+        found = {value} if value.op == "call_module" else set()
+        for source in sources:
+            before = self.makers(source)
+            if before is None:
+                return None
+            found |= before
+        return found
 
     def written(self, node: fx.Node) -> list[fx.Node]:
         """The values that the node may write to."""

@@ -7,7 +7,6 @@ Each variant has its own copy of the model from the same seed and sees the same 
 import argparse
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
@@ -17,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastres import _C, recording, sites
+from fastres import _C, options, recording, sites
 from fastres.breakdown import PARTS, time_by_part
 from fastres.cuda_graph import CudaGraphs, GraphedStep
-from fastres.errors import told_as
+from fastres.errors import SettingsError, told_as
 from fastres.files import replaced
 from fastres.fuse import fuse
 from fastres.inference import optimize_for_inference
@@ -34,7 +33,6 @@ from fastres.timing import (
     interleave,
     ratios,
     too_few,
-    usable_cores,
 )
 
 # torch.compile's mode; none where stock layers run as they are.
@@ -52,7 +50,7 @@ _WARM_UP = 2
 _WARM_UP_OF_GRAPHS = GraphedStep.WARM_UP + 2
 
 
-class BenchError(ValueError):
+class BenchError(SettingsError):
     """The measurement that was asked for cannot be made; the message says why."""
 
 
@@ -94,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         _print(result)
         if arguments.json is not None:
             _write(result, arguments.json)
-    except BenchError as error:
+    except SettingsError as error:
         print(f"fastres bench: {error}", file=sys.stderr)
         return 2
     finally:
@@ -188,15 +186,9 @@ def check(arguments: argparse.Namespace) -> list[str]:
     """The stock variants, once everything that was asked for is known to make sense.
 
     Raises:
-        BenchError: it does not.
+        SettingsError: it does not.
     """
-    for name in ("batch", "image_size", "repeat", "threads"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise BenchError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
-    most = 4 * usable_cores()
-    if arguments.threads is not None and arguments.threads > most:
-        raise BenchError(f"--threads {arguments.threads}: expected at most {most}, 4 to a core")
+    options.check(arguments)
     against = list(dict.fromkeys(filter(None, arguments.against.split(","))))
     if not against or not set(against) <= set(_STOCK_VARIANTS):
         names = ", ".join(_STOCK_VARIANTS)
@@ -205,18 +197,9 @@ def check(arguments: argparse.Namespace) -> list[str]:
         raise BenchError("--cuda-graph: takes a CUDA device, with --device cuda")
     if arguments.cuda_graph and arguments.breakdown:
         raise BenchError("--breakdown: cannot look into a CUDA graph; leave out --cuda-graph")
-    if arguments.device == "cuda":
-        if not torch.cuda.is_available():
-            raise BenchError(
-                "--device cuda: PyTorch finds no CUDA device here; `fastres doctor` tells more"
-            )
-        if not _C.build_info()["cuda"]:
-            raise BenchError(
-                "--device cuda: this fastres was built without CUDA, so nothing would run fused"
-            )
-    path = arguments.json
-    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise BenchError(f"--json {path}: cannot write there")
+    if arguments.device == "cuda" and not _C.build_info()["cuda"]:
+        raise BenchError("--device cuda: this fastres was built without CUDA, so nothing would run fused")
+    options.check_writable("json", arguments.json)
     return against
 
 

@@ -46,13 +46,17 @@ def _main(argv: list[str] | None) -> int:
             if name != "doctor" and (problem := _no_such_isa()):  # which doctor tells more about
                 print(f"fastres {name}: {problem}", file=sys.stderr)
                 return 2
-            command = import_module(module)
+            try:
+                command = import_module(module)
+            except ImportError as error:
+                print(f"fastres {name}: {error}", file=sys.stderr)
+                return 2
             command.add_arguments(subparser)
     arguments = parser.parse_args(argv)
     if arguments.version:
         import fastres
 
-        print(fastres.__version__)
+        print(getattr(fastres, "__version__", "unknown: `fastres doctor` tells why"))
         return 0
     if arguments.command is None:
         parser.print_help()

@@ -6,8 +6,12 @@ it. Its gradient is zero, where PyTorch's is what rounding leaves of that; only 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import _StopRecomputationError
 
 from fastres import cases
 
@@ -42,6 +46,17 @@ class _WeightWith(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad, torch.zeros(ctx.size, **ctx.kind) if ctx.needs_input_grad[1] else None
+
+
+@contextmanager
+def averaged_in(running_mean: Tensor | None, bias: Tensor, momentum: float) -> Iterator[None]:
+    """Around the op that averages the mean of the convolution's output in: the bias is added behind it."""
+    try:
+        yield
+    except _StopRecomputationError:  # activation checkpointing ends a second forward within its last op
+        add_to(running_mean, bias, momentum)
+        raise
+    add_to(running_mean, bias, momentum)
 
 
 @torch.no_grad()

@@ -69,12 +69,12 @@ def groups_of(input: Tensor, weight: Tensor) -> int:
     return input.size(1) // max(1, weight.size(1))
 
 
-@torch.compiler.assume_constant_result
+@kernels.constant_when_compiled
 def _has_kernels(dtype: torch.dtype, in_channels: int, out_channels: int, groups: int) -> bool:
     return _C.convolves(_DTYPES[dtype], in_channels, out_channels, groups)
 
 
-@torch.compiler.assume_constant_result
+@kernels.constant_when_compiled
 def _is_of_matrices(dtype: torch.dtype) -> bool:
     return (_C.cpu_isa(), dtype) == _OF_MATRICES
 

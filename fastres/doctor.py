@@ -29,6 +29,8 @@ _KERNELS = (
     "conv_forward",
     "conv_pack_weight",
     "conv_bn_act_eval",
+    "conv_bn_act_infer",
+    "conv_bn_act_sequence",
     "conv_backward_input",
     "conv_backward_weight",
     "conv_bn_act_forward",
@@ -163,8 +165,8 @@ def _registered(kernels: int) -> int:
 # the self-test of an op
 
 # Each channel's coefficients are rounded once, so that only the errors of many channels are more than luck.
-# And only convolutions of many pixels run on kernels of ours.
-_SHAPE = (8, 24, 9, 8)
+# And only convolutions of many pixels and channels run on kernels of ours.
+_SHAPE = (8, 32, 9, 8)
 _DRAWS = 4
 
 
@@ -191,7 +193,7 @@ def _quotients(name: str, device: str) -> Iterator[tuple[str, float]]:
 
     from fastres import ops
 
-    fused, stock = _by_kernels(getattr(ops, name)), _stock()[name]
+    fused, stock = _by_kernels(name, getattr(ops, name)), _stock()[name]
     for training in (True, False):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for layout in (torch.contiguous_format, torch.channels_last):
@@ -213,21 +215,24 @@ def _quotients(name: str, device: str) -> Iterator[tuple[str, float]]:
                     yield f"{result} {case}", _quotient(*pooled)
 
 
-def _by_kernels(op: "Callable[..., torch.Tensor]") -> "Callable[..., torch.Tensor]":
+def _by_kernels(name: str, op: "Callable[..., torch.Tensor]") -> "Callable[..., torch.Tensor]":
     """The op, run by kernels on few values too; an error where PyTorch's own operations run it."""
-    from fastres import kernels
+    from fastres import convolution, kernels, tuning
     from fastres.recording import Record, telling
 
     def run(*arguments, **options):
         few_values, record = kernels.few_values, Record((), "", True, None)
         kernels.few_values = 0
         try:
-            with telling(record):
+            with telling(record), tuning.forcing(ours=True):
                 output = op(*arguments, **options)
         finally:
             kernels.few_values = few_values
         if not record.fused:
             raise RuntimeError(f"no kernel ran: {record.reason[1]}")
+        if name == "conv_bn_relu" and not record.own_convolution:
+            if convolution.covered(*arguments[:2], None, 1, options["padding"], 1, groups=1):
+                raise RuntimeError("no kernel ran the convolution, for which there is one")
         return output
 
     return run

@@ -5,6 +5,10 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 
 
+class SettingsError(ValueError):
+    """What a command was asked for cannot be done; the message says why."""
+
+
 def first_line(error: BaseException) -> str:
     """Of its message, or its type where it has none: PyTorch's go on with notes for developers."""
     if isinstance(error, KeyError):  # whose message is the key alone
@@ -22,11 +26,11 @@ def _line(error: BaseException) -> str:
 
 
 @contextmanager
-def told_as(kind: type[Exception], words: str) -> Iterator[None]:
-    """Raise what the user's code raises in this context, whatever that is, as a sentence that begins so."""
+def told_as(kind: type[Exception], words: str, *others: type[Exception]) -> Iterator[None]:
+    """Raise what the user's code raises in this context as a sentence that begins so, but for `others`."""
     try:
         yield
-    except kind:
+    except (kind, *others):
         raise
     except Exception as error:
         raise kind(f"{words}: {first_line(error)}") from error

@@ -5,6 +5,7 @@ import sys
 
 import torch
 
+from fastres import options
 from fastres.errors import first_line
 from fastres.explain import Explanation, explain
 from fastres.fuse import fuse
@@ -14,8 +15,8 @@ from fastres.models import by_name
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default="resnet50", help=by_name.HELP)
-    add("--batch", type=int, default=2, help="images that the model is run on (default: %(default)s)")
-    add("--image-size", type=int, default=64, help="side of the images, pixels (default: %(default)s)")
+    add("--batch", type=int, default=4, help="images that the model is run on (default: %(default)s)")
+    add("--image-size", type=int, default=96, help="side of the images, pixels (default: %(default)s)")
     add("--channels", type=int, default=3, help="of the images (default: %(default)s)")
     add("--mode", choices=["train", "infer"], default="train", help="(default: %(default)s)")
 
@@ -30,10 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _explanation(arguments: argparse.Namespace) -> Explanation:
-    for name in ("batch", "image_size", "channels"):
-        value = getattr(arguments, name)
-        if value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+    options.check(arguments)
     try:
         model = by_name.build(arguments.model)
     except ValueError as error:
@@ -44,7 +42,8 @@ def _explanation(arguments: argparse.Namespace) -> Explanation:
     with torch.set_grad_enabled(training):
         try:
             images = torch.randn(arguments.batch, arguments.channels, size, size)
-            return explain(model.train(training), images)
+            channels_last = {"memory_format": torch.channels_last}  # as it should be used
+            return explain(model.train(training).to(**channels_last), images.to(**channels_last))
         except Exception as error:  # whatever the model's code raises
             message = f"{arguments.model} cannot run these settings: {first_line(error)}"
             raise ValueError(message) from error

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastres.block_patterns import join_blocks
 from fastres.generated import compiled
 from fastres.inlining import containers_to_inline
-from fastres.patterns import Chain, find_chains, rewrite
+from fastres.patterns import Chain, find_chains, makers_stay, rewrite
 from fastres.trace import Trace, check_class, trace
 from fastres.vet import Untraceable
 from fastres.watch import ForeignInit, Guard, Reason, equals, is_torch_layer, own_names, stock_class
@@ -113,9 +113,15 @@ class Variant:
             except Untraceable:
                 self.inlined = frozenset()
         self.chains: list[Chain] = find_chains(self.traced)
+        try:
+            needed = makers_stay(self.traced, self.chains, self.inlined)
+        except Untraceable:
+            self.chains = [chain for chain in self.chains if not chain.makers]
+            needed = []
+        self.guards = [*self.traced.guards, *needed]
 
     def depends_on_mode(self) -> bool:
-        return any(".training is " in guard.code for guard in self.traced.guards)
+        return any(".training is " in guard.code for guard in self.guards)
 
 
 def fuse_module(module: nn.Module) -> None:
@@ -210,7 +216,7 @@ def _fused_class(module: nn.Module, variants: list[Variant]) -> type[nn.Module]:
     guards = []
     for variant in variants:
         needed = rewrite(variant.traced, variant.chains, variant.inlined)
-        guards.append([own, *variant.traced.guards, *needed, *join_blocks(variant.traced)])
+        guards.append([own, *variant.guards, *needed, *join_blocks(variant.traced)])
     bodies = [variant.traced.graph.python_code("self") for variant in variants]
     constants = {name: value for guard in sum(guards, []) for name, value in guard.constants}
     defaults = variants[0].traced.defaults

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastres import sites
+from fastres import kernels, sites
 
 __all__ = ["add_act", "bn_act", "conv_bn_act", "residual_block"]
 
 
-@torch.compiler.assume_constant_result
+@kernels.constant_when_compiled
 def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 

@@ -5,6 +5,7 @@ decides which cases go to them.
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, library
@@ -27,6 +28,12 @@ _bn_act_backward = torch.ops.fastres.bn_act_backward.default
 _add_relu_backward = torch.ops.fastres.add_relu_backward.default
 
 
+def constant_when_compiled(function: Callable) -> Callable:
+    """torch.compiler.assume_constant_result, which takes seconds, as it imports the compiler."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def compiled_for(capability: tuple[int, int], archs: list[str]) -> bool:
     """Whether a card of this compute capability runs what was compiled for these architectures."""
     for arch in archs:
@@ -46,7 +53,7 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def runs_on_card(index: int) -> bool:
     """Whether the build has kernels for the CUDA device of this index."""
     return CUDA and compiled_for(_capability(index), _CUDA_ARCHS)

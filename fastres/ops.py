@@ -277,9 +277,8 @@ def conv_bn_act(
         weight = biases.weight_with(conv_bias, weight)
         arguments = input, weight, running_mean, running_var, bn_weight, bn_bias, residual, None
         rest = stride, padding, dilation, groups, training, momentum, eps, relu, pool
-        output = conv_bn_act(*arguments, *rest)
-        biases.add_to(running_mean, conv_bias, momentum)
-        return output
+        with biases.averaged_in(running_mean, conv_bias, momentum):
+            return conv_bn_act(*arguments, *rest)
     channel_vectors = (running_mean, running_var, bn_weight, bn_bias)
     learned = (input, weight, conv_bias, bn_weight, bn_bias, residual)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned)

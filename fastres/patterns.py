@@ -21,7 +21,7 @@ from fastres import inplace, sites
 from fastres.aliasing import Memory, used_once
 from fastres.inlining import lines_of_block
 from fastres.nodes import BATCH_NORMS, addends, is_relu, use_of
-from fastres.trace import Trace, untouched
+from fastres.trace import Trace, trace, traceable_parts, untouched
 from fastres.watch import Guard, Reason, module_code, stock_class
 
 
@@ -37,6 +37,7 @@ class Chain:
         residual: what is added.
         identities: calls of nn.Identity that are left out.
         moved: whether other calls lie between its first and its last node.
+        makers: of what the sum is written to in place, where that is no node of the chain.
     """
 
     call: Callable[..., torch.Tensor]
@@ -48,6 +49,7 @@ class Chain:
     act: fx.Node | None = None
     identities: tuple[fx.Node, ...] = ()
     moved: bool = False
+    makers: frozenset[fx.Node] = frozenset()
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -119,10 +121,15 @@ def _around_sum(traced: Trace, add: fx.Node) -> Iterator[Chain]:
 
 
 def _unobservable(traced: Trace, chain: Chain, memory: Memory) -> bool:
-    """Whether one call at the end of the chain changes nothing but the time it takes. Sets `moved`."""
+    """Whether one call at the end of the chain changes nothing but the time it takes.
+
+    Sets `moved` and `makers`.
+    """
     nodes = chain.nodes
-    if chain.add and any(t not in nodes and not memory.disposable(t) for t in memory.written(chain.add)):
+    makers = [memory.makers(t) for t in memory.written(chain.add) if t not in nodes] if chain.add else []
+    if None in makers:
         return False  # such as `x += ...` on an argument: the caller would see it
+    chain.makers = frozenset().union(*makers)
     between = [
         node
         for node in traced.graph.nodes
@@ -142,6 +149,32 @@ def _unobservable(traced: Trace, chain: Chain, memory: Memory) -> bool:
             if chain.residual and chain.add < node and memory.overlap(value, chain.residual):
                 return False
     return True
+
+
+def makers_stay(traced: Trace, chains: list[Chain], inlined: frozenset[nn.Module]) -> list[Guard]:
+    """Guards that what sums in place are written to is made as it was when the chains were found.
+
+    A module that then comes to return its argument, or what a hook keeps, would have it written to.
+
+    Raises:
+        Untraceable: where one of the modules cannot be looked into.
+    """
+    guards: dict[str, Guard] = {}
+    looked_into: set[nn.Module] = set()
+    paths = {node.target for chain in chains for node in chain.makers}
+    for path in sorted(paths):
+        maker = traced.module.get_submodule(path)
+        looked_into.update(traceable_parts(maker, training=traced.training))
+        for name, part in maker.named_modules(prefix=path):
+            needed = [untouched_guard(traced.module, name)]
+            if hasattr(part, "inplace"):
+                code = f"{module_code(name)}.inplace is {part.inplace}"
+                needed.append(Guard(code, f"self.{name}.inplace is not what it was when fuse() ran"))
+            guards.update((guard.code, guard) for guard in needed)
+    if looked_into:
+        deeper = trace(traced.module, training=traced.training, inline=inlined | looked_into)
+        guards.update((guard.code, guard) for guard in deeper.guards)
+    return list(guards.values())
 
 
 def rewrite(traced: Trace, chains: list[Chain], inlined: frozenset[nn.Module]) -> list[Guard]:

@@ -14,7 +14,7 @@ import itertools
 import operator
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from fastres.generated import compiled
 from fastres.packing import is_kept, packed
 from fastres.patterns import find_chains, rewrite
 from fastres.snapshot import Snapshot
-from fastres.trace import trace, untouched
+from fastres.trace import trace, traceable_parts, untouched
 from fastres.vet import Untraceable
 from fastres.watch import is_torch_layer, stock_class
 
@@ -56,7 +56,7 @@ def run_in_sequences(model: nn.Module) -> None:
 
 
 def _class_in_sequences(module: nn.Module, forwards: Forwards) -> type[nn.Module]:
-    base = type(module)
+    base = type(module).__dict__.get("_without_sequences", type(module))
 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +68,11 @@ def _class_in_sequences(module: nn.Module, forwards: Forwards) -> type[nn.Module
         return base.forward(self, *args, **kwargs)
 
     variants, defaults = getattr(base, "_variants", [[]]), getattr(base, "_defaults", {})
-    return subclass(Fused, base, {"forward": forward, "_variants": variants, "_defaults": defaults})
+    return subclass(
+        Fused,
+        base,
+        {"forward": forward, "_variants": variants, "_defaults": defaults, "_without_sequences": base},
+    )
 
 
 class Forwards:
@@ -173,7 +177,7 @@ def _keep_latest(kinds: dict, kind: tuple[Any, ...], value: Any) -> None:
 
 
 def _whole_graph(model: nn.Module) -> fx.Graph | None:
-    inlined = frozenset(_traceable(model))
+    inlined = frozenset(traceable_parts(model, training=False)) - {model}
     try:
         whole = trace(model, training=False, inline=inlined)
     except Untraceable:
@@ -190,18 +194,6 @@ def _whole_graph(model: nn.Module) -> fx.Graph | None:
             node.replace_all_uses_with(node.args[0])
             whole.graph.erase_node(node)
     return whole.graph
-
-
-def _traceable(module: nn.Module) -> Iterator[nn.Module]:
-    """The module's children, their children and so on that can be traced, but for torch's layers."""
-    for child in module.children():
-        if not is_torch_layer(child):
-            try:
-                trace(child, training=False)
-            except Untraceable:
-                continue
-            yield child
-        yield from _traceable(child)
 
 
 class _Step(NamedTuple):

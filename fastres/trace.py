@@ -27,7 +27,16 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastres.vet import Untraceable, from_torch
-from fastres.watch import Guard, Watch, own_functions, own_names, plain, stock_class, swappable
+from fastres.watch import (
+    Guard,
+    Watch,
+    is_torch_layer,
+    own_functions,
+    own_names,
+    plain,
+    stock_class,
+    swappable,
+)
 
 
 @dataclass
@@ -120,6 +129,18 @@ def trace(module: nn.Module, *, training: bool, inline: frozenset[nn.Module] = f
         if node.op in ("call_module", "get_attr") and any(map(keyword.iskeyword, node.target.split("."))):
             raise Untraceable(f"in {node.target!r} is a word of Python, which generated code cannot name")
     return Trace(module, training, graph, tracer.defaults, watch.guards)
+
+
+def traceable_parts(module: nn.Module, *, training: bool) -> Iterator[nn.Module]:
+    """The module, its children, their children and so on that can be traced, but for torch's layers."""
+    if not is_torch_layer(module):
+        try:
+            trace(module, training=training)
+        except Untraceable:
+            return
+        yield module
+    for child in module.children():
+        yield from traceable_parts(child, training=training)
 
 
 @contextmanager

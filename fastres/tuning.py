@@ -31,6 +31,7 @@ from fastres.recording import telling
 MODES = ("cached", "on", "off")
 _SECONDS = 0.1  # that the measurement of a layer goes on for each side, at least
 _FEWEST, _MOST = 3, 20  # rounds
+_MOST_MISSED = 4096  # layers that are remembered not to be in the file
 _NEARLY = 1.03  # a gain below that is noise, and the rule is kept
 
 
@@ -103,7 +104,8 @@ _measuring = threading.Lock()  # times of two at once would be of neither
 
 
 @contextlib.contextmanager
-def _forcing(ours: bool) -> Iterator[None]:
+def forcing(ours: bool) -> Iterator[None]:
+    """Have our convolution run each layer that it can run, or PyTorch's, whichever is the faster one."""
     outer, _forced.ours = _forced.ours, ours
     try:
         yield
@@ -120,7 +122,8 @@ class Table:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._layers: dict[str, dict[Layer, Times]] = {}  # by machine: the instruction set may be changed
+        # By machine: the instruction set may be changed. None: a layer that the file lacks.
+        self._layers: dict[str, dict[Layer, Times | None]] = {}
         self._written: dict[str, dict[str, Times]] = {}
         self.added = 0
 
@@ -130,8 +133,8 @@ class Table:
         known = self._layers.setdefault(machine, {})
         if layer not in known and self._written[machine]:
             found = self._written[machine].get(str(layer))
-            if found is not None:
-                known[layer] = Times(*found)
+            if found is not None or len(known) < _MOST_MISSED:
+                known[layer] = None if found is None else Times(*found)
         return known.get(layer)
 
     def is_empty(self) -> bool:
@@ -236,9 +239,9 @@ def measure(layer: Layer) -> Times:
 
 
 def _medians(layer: Layer) -> Times:
-    calls = [_call(layer, ours) for ours in (True, False)]
     seconds: list[list[float]] = [[], []]
     with torch.inference_mode(False), torch.set_grad_enabled(layer.needs_grad):
+        calls = [_call(layer, ours) for ours in (True, False)]
         for call in calls:
             call()
         while len(seconds[0]) < _MOST:
@@ -284,7 +287,7 @@ def _call(layer: Layer, ours: bool):
 
     def call() -> None:
         autocast = torch.autocast("cpu", dtype, enabled=dtype != weight_dtype)
-        with _forcing(ours), autocast:
+        with forcing(ours), autocast:
             output = conv_bn_act(*arguments)
         if layer.needs_grad:
             torch.autograd.grad(output, learned, grad)

@@ -84,10 +84,19 @@ def test_import_loads_nothing_heavy():
     code = (
         "import sys, torch; before = set(sys.modules); import fastres;"
         "print(sorted({name.split('.')[0] for name in set(sys.modules) - before}"
-        "& {'sklearn', 'matplotlib', 'rich', 'PIL', 'pandas', 'torchvision', 'timm', 'transformers'}))"
+        "& {'sklearn', 'matplotlib', 'rich', 'PIL', 'pandas', 'torchvision', 'timm', 'transformers'}),"
+        "[name for name in ('torch._dynamo', 'torch._inductor') if name in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.stdout.strip() == "[]", run.stderr
+    assert run.stdout.strip() == "[] []", run.stderr
+
+
+@pytest.mark.parametrize("command", ["--version", "train", "bench", "sweep", "profile", "explain"])
+def test_without_the_extension_one_sentence(command):
+    code = "import sys; sys.modules['fastres._C'] = None; from fastres.cli import main; sys.exit(main())"
+    run = subprocess.run([sys.executable, "-c", code, command], capture_output=True, text=True)
+    assert "fastres doctor" in run.stdout + run.stderr and "Traceback" not in run.stderr
+    assert run.returncode == (0 if command == "--version" else 2)
 
 
 @pytest.mark.parametrize("command", ["train", "bench", "sweep", "profile", "explain"])

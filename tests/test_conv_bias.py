@@ -159,6 +159,28 @@ def test_checkpointed():
             assert plain[name] is None or torch.equal(plain[name], again[name]), name
 
 
+@pytest.mark.parametrize("memory", [channels_last, torch.Tensor.contiguous], ids=["nhwc", "nchw"])
+def test_the_running_mean_of_a_checkpointed_layer_has_it(memory):
+    # The second forward ends within the layer's last op.
+    model, x = made(), memory(torch.randn(8, 32, 12, 14)).requires_grad_()
+
+    def running_mean(model):
+        checkpoint(model, x, use_reentrant=False).square().sum().backward()
+        return model[1].running_mean
+
+    ours = running_mean(copy.deepcopy(model))
+    with sites.stock():
+        torch.testing.assert_close(ours, running_mean(model), rtol=1e-4, atol=1e-5)
+
+
+def test_two_forwards_before_a_backward():
+    model, x = made(), channels_last(torch.randn(8, 32, 12, 14))
+    for memory in (channels_last, torch.Tensor.contiguous):
+        losses = [model(memory(x)).square().sum() for _ in range(2)]
+        for loss in losses:
+            loss.backward()
+
+
 def test_transforms_see_the_bias_used():
     model, x = made(track_running_stats=False), channels_last(torch.randn(4, 32, 6, 6))
     parameters = {name: p.detach() for name, p in model.named_parameters()}

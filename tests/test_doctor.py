@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from fastres import cases, doctor, kernels, ops
+from fastres import _C, cases, choice, doctor, kernels, ops
 
 
 def run(capsys):
@@ -98,6 +98,13 @@ def test_the_kernels_are_what_is_tested(few_values, capsys, monkeypatch):
     assert [name for name, verdict in verdicts(printed).items() if verdict == "FAILED"] == [
         name for name in OPS if name != "add_relu"
     ]
+
+
+def test_a_convolution_that_no_kernel_runs_is_a_problem(capsys, monkeypatch):
+    monkeypatch.setattr(choice, "for_ours", lambda *_: None)
+    _, printed = run(capsys)
+    expected = "FAILED" if _C.convolves("float32") else "ok"
+    assert verdicts(printed) == {**dict.fromkeys(OPS, "ok"), "conv_bn_relu": expected}
 
 
 def test_an_op_that_no_kernel_runs_is_a_problem(capsys, monkeypatch):

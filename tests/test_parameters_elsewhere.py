@@ -86,3 +86,38 @@ def test_a_parameter_without_memory_is_an_error():
         fastres.ops.conv_bn_relu(
             channels_last(torch.randn(4, 64, 9, 10)), conv.weight, None, None, training=True
         )
+
+
+def without_memory(tensor):
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.parametrize("memory", [channels_last, torch.Tensor.contiguous], ids=["nhwc", "nchw"])
+def test_an_activation_without_memory_is_an_error(memory):
+    def images():
+        return memory(torch.randn(4, 64, 9, 10))
+
+    bn, weight = nn.BatchNorm2d(64), torch.randn(64, 64, 3, 3)
+    statistics = bn.running_mean, bn.running_var
+    calls = [
+        lambda: fastres.ops.bn_relu(without_memory(images()), *statistics, training=True),
+        lambda: fastres.ops.bn_add_relu(images(), without_memory(images()), *statistics, training=True),
+        lambda: fastres.ops.add_relu(images(), without_memory(images())),
+        lambda: fastres.ops.conv_bn_relu(without_memory(images()), weight, *statistics, training=True),
+        lambda: fastres.ops.conv_bn_relu(without_memory(images()), weight, *statistics),
+    ]
+    before = copy.deepcopy(bn)
+    for call in calls:
+        with pytest.raises(RuntimeError, match="has no memory|not allocated"):
+            call()
+    assert torch.equal(bn.running_mean, before.running_mean)
+
+
+@pytest.mark.parametrize("make", [lambda: BasicBlock(64, 64), SiteBySite], ids=["block", "layers"])
+def test_an_input_whose_memory_goes_before_the_backward_pass_is_an_error(make):
+    input = channels_last(torch.randn(4, 64, 9, 10))
+    loss = make().train()(input).sum()
+    without_memory(input)
+    with pytest.raises(RuntimeError, match="has no memory|not allocated"):
+        loss.backward()

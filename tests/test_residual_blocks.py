@@ -388,7 +388,7 @@ def without_grad(block, x):
 
 
 def measured(block, x):
-    with tuning._forcing(ours=False):
+    with tuning.forcing(ours=False):
         return block(x)
 
 

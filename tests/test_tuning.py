@@ -12,7 +12,7 @@ import torch.utils.checkpoint
 from layers import FLOAT32, PRECISIONS, Case, channels_last, is_node
 
 import fastres
-from fastres import convolution, files, ops, tuning
+from fastres import choice, convolution, files, ops, tuning
 from fastres.tuning import Layer, Table, Times
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -222,11 +222,17 @@ def test_a_layer_that_cannot_be_measured(table, monkeypatch):
 def test_in_inference_mode(table, monkeypatch):
     use(monkeypatch, "on")
     model = fastres.optimize_for_inference(fastres.models.resnet18(num_classes=10))
+    were_kept = []
+    is_kept = choice.is_kept
+    monkeypatch.setattr(
+        choice, "is_kept", lambda weight: were_kept.append(is_kept(weight)) or were_kept[-1]
+    )
     with torch.inference_mode():
         output = model(channels_last(torch.randn(1, 3, 64, 64)))
     assert output.shape == (1, 10)
     (layers,) = json.loads(table.path.read_text()).values()
     assert len(layers) > 5 and all("packed" in name and "infer" in name for name in layers)
+    assert all(were_kept)  # in the measured calls too
 
 
 def test_several_processes_lose_nothing(tmp_path):

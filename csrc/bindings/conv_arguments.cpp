@@ -59,6 +59,7 @@ void check_operand(const char* op, const char* argument, const Tensor& tensor, c
     if (!is_channels_last(tensor)) fail(op, std::string(argument) + " is not channels last");
     if (dtype_of(op, argument, tensor) != dtype)
         fail(op, std::string(argument) + " is not of dtype " + name(dtype));
+    check_memory(op, argument, tensor);
 }
 
 Conv2d conv2d(const char* op, const Ints& input, Dtype dtype, const Tensor& weight, const Ints& stride,

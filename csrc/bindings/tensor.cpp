@@ -154,6 +154,7 @@ Activation activation(const char* op, const char* argument, const Tensor& tensor
     shape.channels_last = is_channels_last(tensor);
     if (!shape.channels_last && !is_dense_contiguous(tensor))
         fail(op, std::string(argument) + " is strided; expected contiguous or channels_last memory");
+    check_memory(op, argument, tensor);
     return shape;
 }
 
@@ -178,6 +179,7 @@ void check_like_input(const char* op, const char* argument, const Tensor& tensor
     for (int64_t i = 0; i < input.dim(); ++i)
         if (input.size(i) != 1 && tensor.stride(i) != input.stride(i))
             fail(op, std::string(argument) + " differs from input in memory layout");
+    check_memory(op, argument, tensor);
 }
 
 ChannelVector channel_vector(const char* op, const char* argument, const OptionalTensor& tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from statistics import median
 
 from fastres.profiler.result import Profile
 from fastres.timing import too_few
@@ -83,8 +84,7 @@ def _doubts(profile: Profile) -> list[str]:
 
 
 def _total(profile: Profile) -> float:
-    times = sorted(profile.data["profiled_step"]["fused"])
-    return times[len(times) // 2]
+    return median(profile.data["profiled_step"]["fused"])
 
 
 def _kind(profile: Profile, rows) -> str:

@@ -1,19 +1,18 @@
 """`fastres profile`: the table of fastres.profile for a model by name."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 import torch
 
+from fastres import options
 from fastres.errors import told_as
 from fastres.models import by_name
 from fastres.profiler.measure import ProfileError, profile, steps
 from fastres.profiler.result import Profile
 from fastres.profiler.table import show_comparison
 from fastres.progress import shown
-from fastres.timing import usable_cores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,8 +90,7 @@ def _check_files(arguments: argparse.Namespace) -> None:
     if len({*given}) < len(given):
         raise ProfileError("--json, --html, --trace and --from: two of them are one file")
     for option, path in files.items():
-        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-            raise ProfileError(f"--{option} {path}: cannot write there")
+        options.check_writable(option, path)
     if arguments.source is not None and arguments.trace is not None:
         raise ProfileError("--trace: a trace is made while measuring, which --from does not")
     if arguments.fail_above is not None and arguments.compare is None:
@@ -106,15 +104,7 @@ def _check_files(arguments: argparse.Namespace) -> None:
 
 
 def _measure(arguments: argparse.Namespace) -> Profile:
-    for name in ("batch", "image_size", "repeat", "threads"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ProfileError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
-    most = 4 * usable_cores()
-    if arguments.threads is not None and arguments.threads > most:
-        raise ProfileError(f"--threads {arguments.threads}: expected at most {most}, 4 to a core")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise ProfileError("--device cuda: PyTorch finds no CUDA device here; `fastres doctor` tells more")
+    options.check(arguments)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)

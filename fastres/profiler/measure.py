@@ -81,16 +81,16 @@ def profile(
         raise ProfileError(f"against={against!r}: expected 'stock', and 'compile' if wanted")
     if repeat < 1:
         raise ProfileError(f"repeat={repeat}: expected 1 or more")
-    with _errors(), cudnn_benchmark():
+    with _errors(OSError), cudnn_benchmark():  # of files and folders of the machine, not of the model
         result, traces = _profile(subject, name or type(model).__name__, tuple(against), repeat, advance)
     if trace_path is not None:
         _write_trace(traces, trace_path)
     return result
 
 
-def _errors() -> AbstractContextManager[None]:
+def _errors(*others: type[Exception]) -> AbstractContextManager[None]:
     """Tell what the model says to its input as a ProfileError."""
-    return told_as(ProfileError, "the model cannot run these settings")
+    return told_as(ProfileError, "the model cannot run these settings", *others)
 
 
 def steps(against: tuple[str, ...], repeat: int) -> int:

@@ -136,7 +136,7 @@ class Profile:
     """What :func:`fastres.profile` measured. Its str is a summary; `show()` prints a table.
 
     Args:
-        data: the content of the JSON file, see README.
+        data: the content of the JSON file.
     """
 
     def __init__(self, data: dict) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 from rich.console import Console
 from rich.table import Table
 
@@ -130,13 +132,13 @@ def _numbers(row: Row) -> dict[str, str]:
 def _footer(console: Console, profile: Profile) -> None:
     data = profile.data
     for name, by_variant in data["rest"].items():
-        times = ", ".join(f"{v} {sorted(t)[len(t) // 2] * 1e3:.2f} ms" for v, t in by_variant.items())
+        times = ", ".join(f"{v} {median(t) * 1e3:.2f} ms" for v, t in by_variant.items())
         console.print(f"{name}: {times}")
     if data["settings"]["device"] == "cuda":
         console.print("Each step begins with a cold L2 cache; its parts follow each other.")
     for variant in profile.variants:
         saved = f", {profile.saved_bytes(variant) / 1e6:.0f} MB kept for the backward pass"
-        whole = sorted(data["whole_step"][variant])[len(data["whole_step"][variant]) // 2]
+        whole = median(data["whole_step"][variant])
         console.print(
             f"{variant}: {whole * 1e3:.1f} ms a step, {data['settings']['input'][0] / whole:.1f} images/s, "
             f"the sum of the parts is {profile.agreement(variant):.1%} of it"

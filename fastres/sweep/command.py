@@ -2,15 +2,14 @@
 
 import argparse
 import gc
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from fastres import bench, memory
-from fastres.errors import first_line
+from fastres import bench, memory, options
+from fastres.errors import SettingsError, first_line
 from fastres.models import by_name
 from fastres.progress import shown
 from fastres.sweep.grid import Cell, Sweep, SweepError, cells
@@ -57,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
             show(sweep, grid)
     except BrokenPipeError:  # nobody reads what is shown
         raise
-    except (SweepError, bench.BenchError, OSError) as error:
+    except (SettingsError, OSError) as error:
         print(f"fastres sweep: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -89,10 +88,8 @@ def _grid(arguments: argparse.Namespace) -> list[Cell]:
                 by_name.build(model)
         except ValueError as error:
             raise SweepError(f"--model {model}: {error}") from error
-    for option in ("out", "html"):
-        path = getattr(arguments, option)
-        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-            raise SweepError(f"--{option} {path}: cannot write there")
+    options.check_writable("out", arguments.out)
+    options.check_writable("html", arguments.html)
     if arguments.html is not None and arguments.html.resolve() == arguments.out.resolve():
         raise SweepError("--out and --html: both are one file")
     return grid
@@ -168,7 +165,7 @@ def _result(settings: argparse.Namespace, advance: Callable[[], object]) -> dict
     try:
         result = bench.measure(settings, bench.check(settings), advance)
     # What a model raises that is too large for the memory, or has images that are too small for it.
-    except (bench.BenchError, RuntimeError, MemoryError) as error:
+    except (SettingsError, RuntimeError, MemoryError) as error:
         return {"error": first_line(error)}
     finally:
         if settings.against != "eager":

@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
+from fastres.errors import SettingsError
 from fastres.files import replaced
 
 VERSION = 1
 
 
-class SweepError(ValueError):
+class SweepError(SettingsError):
     """The sweep that was asked for cannot be made; the message says why."""
 
 

@@ -105,7 +105,9 @@ def run(arguments: argparse.Namespace) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        print("\nfastres train: interrupted; the same command with --resume goes on", file=sys.stderr)
+        goes_on = (Path(arguments.out) / CHECKPOINT).exists()
+        how = "the same command with --resume goes on" if goes_on else "no epoch was finished"
+        print(f"\nfastres train: interrupted; {how}", file=sys.stderr)
         return 130
     print(f"results in {arguments.out}: {CHECKPOINT}, {METRICS}, {CURVES}")
     print(f"held-out accuracy {accuracy:.4f}")

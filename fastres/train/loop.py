@@ -112,7 +112,8 @@ class Run:
         if not self.checkpoint_path.exists():
             raise ResumeError(f"--resume: there is no {self.checkpoint_path}")
         try:
-            state = torch.load(self.checkpoint_path, map_location=self.settings.device, weights_only=True)
+            # To where the states of random generators have to be; the others are copied to the device.
+            state = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
         except Exception as error:
             # Not torch's own message, which tells to load the file with weights_only=False.
             raise ResumeError(f"--resume: {self.checkpoint_path} is damaged or no checkpoint") from error
