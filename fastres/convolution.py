@@ -178,11 +178,11 @@ def conv_bn_act_eval(
     dilation,
     eps: float,
     relu: bool,
-    pool: Sequence[int] = (),
+    pool: Sequence[int] | None = None,
 ) -> Tensor:
     """act(batch_norm(conv2d(input)) [+ residual]) by running statistics, without a gradient.
 
-    Or the maximum over windows of that, where `pool` is not empty: it is what MaxPool.of_size() gives.
+    Or the maximum over windows of that, where there is a `pool`, which is what MaxPool.of_size() gives.
     """
     kept = packed(weight, input, tuple(stride), tuple(dilation), groups_of(input, weight))
     rest = (conv_bias, residual, running_mean, running_var, bn_weight, bn_bias)
@@ -194,7 +194,7 @@ def conv_bn_act_eval(
 kernels.fragment.define(
     "conv_bn_act_infer(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? residual, "
     "Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, int[] stride, int[] padding, "
-    "int[] dilation, float eps, bool relu, int[] pool=[]) -> Tensor"
+    "int[] dilation, float eps, bool relu, SymInt[]? pool=None) -> Tensor"
 )
 kernels.fragment.impl("conv_bn_act_infer", conv_bn_act_eval, "CPU")
 
@@ -256,7 +256,7 @@ def _(grad, conv_output, output, weight, bias, save_mean, save_rstd, relu, input
     )
 
 
-def _empty_evaluation(input, weight, stride, padding, dilation, eps, relu, pool=()) -> Tensor:
+def _empty_evaluation(input, weight, stride, padding, dilation, eps, relu, pool=None) -> Tensor:
     if pool:
         return _empty(input, (input.size(0), weight.size(0), *pool[:2]))
     return _empty_output(input, weight, stride, padding, dilation)

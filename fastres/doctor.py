@@ -20,6 +20,7 @@ _LEAST_TORCH = (2, 10)
 _PACKAGE = Path(__file__).parent
 _KERNELS = (
     "bn_act_forward",
+    "bn_act_eval",
     "bn_act_again",
     "bn_act_backward",
     "bn_relu_max_pool_forward",

@@ -24,6 +24,7 @@ CUDA = bool(_C.build_info()["cuda"])
 _CUDA_ARCHS = _C.build_info()["cuda_archs"].split()  # native code for each, and PTX for the last
 fragment = library.Library("fastres", "FRAGMENT")
 _bn_act_forward = torch.ops.fastres.bn_act_forward.default
+_bn_act_eval = torch.ops.fastres.bn_act_eval.default
 _bn_act_backward = torch.ops.fastres.bn_act_backward.default
 _add_relu_backward = torch.ops.fastres.add_relu_backward.default
 
@@ -77,7 +78,8 @@ def same_layout(tensor: Tensor, input: Tensor) -> bool:
 
 
 @library.register_fake("fastres::bn_act_forward")
-def _(input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu):
+@library.register_fake("fastres::bn_act_eval")
+def _(input, residual, running_mean, running_var, weight, bias, *rest):
     dtype = torch.float64 if input.device.type == "cpu" else torch.float32
     mean = input.new_empty(input.size(1), dtype=dtype)
     return torch.empty_like(input), mean, torch.empty_like(mean)
@@ -131,7 +133,7 @@ class _BnAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, statistics, input, residual, running_mean, running_var, weight, bias, training, *rest):
         with torch._C._AutoDispatchBelowAutograd():
-            output, mean, rstd = _bn_act_forward(
+            output, mean, rstd = _normalize(
                 input, residual, running_mean, running_var, weight, bias, training, *rest
             )
         statistics += mean, rstd
@@ -186,8 +188,16 @@ def kept_copy(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.detach().clone()
 
 
+def _normalize(input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu):
+    """Output, mean and rstd."""
+    of_input = input, residual, running_mean, running_var, weight, bias
+    if training:
+        return _bn_act_forward(*of_input, True, momentum, eps, relu)
+    return _bn_act_eval(*of_input, eps, relu)
+
+
 def bn_act(input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu):
-    """fastres::bn_act_forward from its autograd down, without the dispatcher on the way there.
+    """fastres::bn_act_forward or bn_act_eval from its autograd down, past the dispatcher on the way there.
 
     Returns output, mean, rstd.
     """
@@ -196,11 +206,17 @@ def bn_act(input, residual, running_mean, running_var, weight, bias, training, m
         statistics = []
         return _BnAct.apply(statistics, *arguments), *statistics
     with torch._C._AutoDispatchBelowAutograd():
-        return _bn_act_forward(*arguments)
+        return _normalize(*arguments)
+
+
+def _bn_act_by_running_statistics(*arguments):
+    *of_input, eps, relu = arguments
+    return bn_act(*of_input, False, 0.0, eps, relu)
 
 
 # By hand and not by register_autograd, which refuses ops that update an argument in place.
 fragment.impl("bn_act_forward", bn_act, "Autograd")
+fragment.impl("bn_act_eval", _bn_act_by_running_statistics, "Autograd")
 
 
 def _bn_act_backward_setup(ctx, inputs, output):

@@ -44,10 +44,10 @@ class MaxPool(NamedTuple):
         axes = zip(size, self.kernel_size, self.stride, self.padding, strict=True)
         return tuple(self._windows(pixels, *axis) for pixels, *axis in axes)
 
-    def of_size(self, size: tuple[int, int]) -> list[int]:
-        """All that the convolution's op wants to know of it; nothing where no window meets the image."""
+    def of_size(self, size: tuple[int, int]) -> list[int] | None:
+        """All that the convolution's op wants to know of it; None where no window meets the image."""
         windows = self.output_size(size)
-        return [*windows, *self.kernel_size, *self.stride, *self.padding] if min(windows) > 0 else []
+        return [*windows, *self.kernel_size, *self.stride, *self.padding] if min(windows) > 0 else None
 
     def _windows(self, size: int, kernel: int, stride: int, padding: int) -> int:
         rest = size + 2 * padding - kernel

@@ -72,7 +72,11 @@ def _bn_act(
         residual = torch.empty_like(input).copy_(residual)
     arguments = (input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu)
     if cases.is_traced():
-        return _pooled(pool, _kernels.bn_act_forward(*arguments)[0])
+        if training:
+            output, *_ = _kernels.bn_act_forward(*arguments)
+        else:
+            output, *_ = _kernels.bn_act_eval(input, residual, *channel_vectors, eps, relu)
+        return _pooled(pool, output)
     return _pooled(pool, bn_act(*arguments)[0])
 
 
@@ -290,7 +294,7 @@ def conv_bn_act(
         geometry = (stride, padding, dilation, groups)
         others = conv_bias, channel_vectors, geometry, training, needs_grad
         by = choice.for_ours(input, weight, residual, *others)
-        if by is None and record is not None and input.dim() == 4:
+        if by is None and record is not None and input.dim() == 4 and input.layout == torch.strided:
             elsewhere = torch.empty_like(input, memory_format=torch.channels_last)
             record.own_in_channels_last = choice.for_ours(elsewhere, weight, None, *others) is not None
     if by is not None:
@@ -306,7 +310,7 @@ def conv_bn_act(
                 output, *_ = call_without_keeping_values(convolution.conv_bn_act, *arguments)
         else:
             infer = _kernels.conv_bn_act_infer if traced else convolution.conv_bn_act_eval
-            windows = []
+            windows = None
             if pool is not None and residual is None:
                 windows = pool.of_size(by.output_size(input, weight)[2:])
             output = infer(input, weight, conv_bias, residual, *channel_vectors, *by, eps, relu, windows)

@@ -14,14 +14,14 @@ class _Packed:
     """What one weight was packed into, by what that depends on besides its values."""
 
     def __init__(self) -> None:
-        self._state: tuple[tuple, Tensor, dict[tuple, Tensor]] | None = None
+        self._state: tuple[tuple, Tensor, dict[tuple, Tensor] | None] | None = None
 
-    def of_now(self, weight: Tensor) -> dict[tuple, Tensor]:
-        """What it was packed into since it last changed."""
+    def of_now(self, weight: Tensor) -> dict[tuple, Tensor] | None:
+        """What it was packed into since it last changed; None where other processes may change it."""
         now, state = (weight.data_ptr(), weight.dtype, weight._version, fused_steps()), self._state
         if state is None or state[0] != now:
             # The alias keeps the memory from being another weight's at the same address.
-            self._state = state = now, weight.detach(), {}
+            self._state = state = now, weight.detach(), None if weight.is_shared() else {}
         return state[2]
 
 
@@ -43,6 +43,8 @@ def packed(weight: Tensor, input: Tensor, stride, dilation, groups: int) -> Tens
     if not is_kept(weight):
         return None
     by_key = _kept[weight].of_now(weight)
+    if by_key is None:
+        return None
     key = input.dtype, stride, dilation, groups, _C.cpu_isa()
     found = by_key.get(key)
     if found is None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import get_ident
 
+import torch
 from torch import nn
 
 __all__ = [
@@ -74,7 +75,9 @@ _records: dict[int, Record] = {}
 
 
 def listening() -> Listener | None:
-    """Who listens to this thread's sites."""
+    """Who listens to this thread's sites; nobody to those that are being compiled."""
+    if torch.compiler.is_dynamo_compiling():
+        return None
     return _listeners.get(get_ident()) if _listeners else None
 
 

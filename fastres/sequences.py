@@ -27,7 +27,7 @@ from fastres.fuse import Fused, set_class, subclass
 from fastres.generated import compiled
 from fastres.packing import is_kept, packed
 from fastres.patterns import find_chains, rewrite
-from fastres.snapshot import Snapshot
+from fastres.snapshot import Snapshot, can_be_taken_of
 from fastres.trace import trace, traceable_parts, untouched
 from fastres.vet import Untraceable
 from fastres.watch import is_torch_layer, stock_class
@@ -96,10 +96,12 @@ class Forwards:
 
     def watch(self) -> None:
         """The model is from now on not to change."""
+        self._snapshot, self._by_kind = None, {}
+        if not can_be_taken_of(self.model):
+            return
         weights = [module.weight for module in self.model.modules() if isinstance(module, nn.Conv2d)]
         cast = [tensor for module in self.model.modules() for tensor in _to_cast(module)]
         self._snapshot = Snapshot(self.model, [*filter(is_kept, weights), *cast])
-        self._by_kind = {}
 
     def of(self, input: Any) -> Forward | None:
         """What runs instead of the model's forward now; None if that does."""
@@ -115,10 +117,10 @@ class Forwards:
             self._at_work.release()
 
     def _of(self, input: Tensor) -> Forward | None:
-        if not self._snapshot.holds():
+        if self._snapshot is None or not self._snapshot.holds():
             # The next call takes the trouble, if by then the model is still what it is now.
             self._changes += 1
-            if not self._snapshot.structure_holds():
+            if self._snapshot is None or not self._snapshot.structure_holds():
                 self.graph = None
             self.watch()
             return None
@@ -282,7 +284,8 @@ def _to_cast(module: nn.Module) -> list[Tensor]:
         return []
     parameters = [tensor for tensor in (module.weight, module.bias) if tensor is not None]
     fit = all(
-        type(t) is nn.Parameter and t.dtype == torch.float32 and not t.is_inference() for t in parameters
+        type(t) is nn.Parameter and t.dtype == torch.float32 and not (t.is_inference() or t.is_shared())
+        for t in parameters
     )
     return parameters if fit else []
 

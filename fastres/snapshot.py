@@ -5,7 +5,9 @@ from itertools import chain
 from operator import attrgetter, is_, methodcaller
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fastres import _C
 from fastres.fused_steps import fused_steps
@@ -28,6 +30,12 @@ _values = methodcaller("values")
 _forward = attrgetter("forward")  # of the classes of torch.nn, whose other attributes nobody changes
 
 
+def can_be_taken_of(model: nn.Module) -> bool:
+    """Not where something is not what a Snapshot looks at: TorchScript, parameters that are lazy as yet."""
+    scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
+    return not scripted and not any(map(is_lazy, chain(model.parameters(), model.buffers())))
+
+
 class Snapshot:
     """The attributes of a model's modules as they are now: which objects, not what is in them.
 
@@ -35,7 +43,7 @@ class Snapshot:
     ones also how often they changed.
 
     Args:
-        model: any module.
+        model: of which one can be taken.
         counted: some of its tensors, none of them made in torch.inference_mode().
     """
 

@@ -20,6 +20,11 @@ def bn_act_forward(input, residual, running_mean, running_var, weight, bias, tra
     return output, *(tensor.double() for tensor in saved)
 
 
+def bn_act_eval(input, residual, running_mean, running_var, weight, bias, eps, relu):
+    statistics = running_mean, running_var
+    return bn_act_forward(input, residual, *statistics, weight, bias, False, 0.0, eps, relu)
+
+
 def bn_act_again(input, residual, weight, bias, save_mean, save_rstd, relu):
     saved = save_mean.float(), save_rstd.float()
     return emu.batch_norm_again(input, weight, bias, *saved, residual=residual, relu=relu)
@@ -57,6 +62,7 @@ def _pool(by, size, output_size) -> MaxPool:
 
 _OPS = {
     "bn_act_forward": bn_act_forward,
+    "bn_act_eval": bn_act_eval,
     "bn_act_again": bn_act_again,
     "bn_act_backward": bn_act_backward,
     "bn_relu_max_pool_forward": bn_relu_max_pool_forward,

@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import fastres
-from fastres import _C, sequences, sites
+from fastres import _C, models, sequences, sites
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -321,3 +321,35 @@ def test_compiled(ran):
         output = torch.compile(model, fullgraph=True, backend="aot_eager")(input)
     torch.testing.assert_close(output, without_sequences(model, input), rtol=1e-4, atol=1e-5)
     assert ran == []
+
+
+def test_memory_that_other_processes_write():
+    input = images()
+    model = optimized(models.resnet18(num_classes=10), input)
+    model.share_memory()
+    with torch.no_grad():
+        for _ in range(3):
+            model(input)
+        for parameter in model.parameters():
+            array = parameter.numpy()
+            array *= 0.9  # counted by nobody, as if another process did it
+        with sites.stock():
+            expected = model(input)
+        torch.testing.assert_close(model(input), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: torch.jit.script(nn.Linear(512, 7)), lambda: nn.LazyLinear(7)],
+    ids=["scripted", "lazy"],
+)
+def test_parts_that_cannot_be_watched(make):
+    input = images()
+    model = optimized(models.resnet18(num_classes=10), input)
+    model.fc = make()
+    with torch.no_grad():
+        first = model(input)
+        with sites.stock():
+            torch.testing.assert_close(first, model(input), rtol=1e-4, atol=1e-4)
+        for _ in range(3):
+            torch.testing.assert_close(model(input), first, rtol=1e-4, atol=1e-4)

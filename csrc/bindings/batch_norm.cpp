@@ -65,6 +65,15 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor input, OptionalTensor residual
     return {output, save_mean, save_rstd};
 }
 
+// By the running statistics, which are not written: a compiler asks an op's schema for what it writes.
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> eval(Tensor input, OptionalTensor residual, Tensor running_mean,
+                                        Tensor running_var, OptionalTensor weight, OptionalTensor bias,
+                                        double eps, bool relu) {
+    return forward<Device>(input, residual, running_mean, running_var, weight, bias, /*training=*/false,
+                           /*momentum=*/0.0, eps, relu);
+}
+
 // The output that a forward pass had, from what it saved.
 template <class Device>
 Tensor again(Tensor input, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias,
@@ -158,6 +167,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres, library) {
         "Tensor? weight, Tensor? bias, bool training, float momentum, float eps, bool relu) "
         "-> (Tensor output, Tensor save_mean, Tensor save_rstd)");
     library.def(
+        "bn_act_eval(Tensor input, Tensor? residual, Tensor running_mean, Tensor running_var, "
+        "Tensor? weight, Tensor? bias, float eps, bool relu) "
+        "-> (Tensor output, Tensor save_mean, Tensor save_rstd)");
+    library.def(
         "bn_act_again(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor save_mean, "
         "Tensor save_rstd, bool relu) -> Tensor");
     library.def(
@@ -168,6 +181,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, library) {
     library.impl("bn_act_forward", TORCH_BOX(&forward<OnCpu>));
+    library.impl("bn_act_eval", TORCH_BOX(&eval<OnCpu>));
     library.impl("bn_act_again", TORCH_BOX(&again<OnCpu>));
     library.impl("bn_act_backward", TORCH_BOX(&backward<OnCpu>));
 }
@@ -175,6 +189,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, library) {
 #if defined(FASTRES_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(fastres, CUDA, library) {
     library.impl("bn_act_forward", TORCH_BOX(&forward<OnCuda>));
+    library.impl("bn_act_eval", TORCH_BOX(&eval<OnCuda>));
     library.impl("bn_act_again", TORCH_BOX(&again<OnCuda>));
     library.impl("bn_act_backward", TORCH_BOX(&backward<OnCuda>));
 }

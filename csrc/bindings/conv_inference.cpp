@@ -29,8 +29,7 @@ Tensor pack_weight(Tensor weight, Tensor like, Ints stride, Ints dilation, int64
     return packed;
 }
 
-// Output size, kernel size, stride and padding, two integers each, as one argument: none where there is no
-// maximum over windows.
+// Output size, kernel size, stride and padding, two integers each, as one argument.
 MaxPool2d pool_of(const char* op, const Ints& pool, const Conv2d& shape) {
     if (pool.size() != 8) fail(op, "pool takes eight integers, or none");
     const auto two = [&](int64_t i) { return Ints{pool[2 * i], pool[2 * i + 1]}; };
@@ -42,7 +41,7 @@ MaxPool2d pool_of(const char* op, const Ints& pool, const Conv2d& shape) {
 Tensor bn_act_eval(Tensor input, Tensor conv_weight_tensor, OptionalTensor packed, OptionalTensor conv_bias,
                    OptionalTensor residual, Tensor running_mean, Tensor running_var, OptionalTensor weight,
                    OptionalTensor bias, Ints stride, Ints padding, Ints dilation, double eps, bool relu,
-                   Ints pool) {
+                   std::optional<Ints> pool) {
     constexpr const char* op = "conv_bn_act_eval";
     cpu::ConvForward args =
         conv_forward(op, input, conv_weight_tensor, residual, stride, padding, dilation);
@@ -52,9 +51,9 @@ Tensor bn_act_eval(Tensor input, Tensor conv_weight_tensor, OptionalTensor packe
     args.scale = affine.scale.data();
     args.shift = affine.shift.data();
     args.relu = relu;
-    if (!pool.empty()) {
+    if (pool) {
         if (residual) fail(op, "there is no kernel for a residual before a maximum over windows");
-        const MaxPool2d windows = pool_of(op, pool, args.shape);
+        const MaxPool2d windows = pool_of(op, *pool, args.shape);
         Tensor output = empty_channels_last(
             input, {args.shape.batch, args.shape.out_channels, windows.out.h, windows.out.w});
         cpu::conv_max_pool({args, windows, output.data_ptr()}, torch_threads());
@@ -75,7 +74,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres, library) {
     library.def(
         "conv_bn_act_eval(Tensor input, Tensor conv_weight, Tensor? packed, Tensor? conv_bias, "
         "Tensor? residual, Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, "
-        "int[] stride, int[] padding, int[] dilation, float eps, bool relu, int[] pool=[]) -> Tensor");
+        "int[] stride, int[] padding, int[] dilation, float eps, bool relu, int[]? pool=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, library) {
