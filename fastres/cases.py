@@ -61,9 +61,16 @@ def surely(condition: bool | torch.SymBool) -> bool:
 
 def why_no_kernel(input: Tensor, *others: Tensor | None) -> str | None:
     """Why no kernel takes this activation; None if one does. `others` are only looked at for their kind."""
+    device = input.device.type
+    if (  # first, as of so few values these questions take a part of the time
+        device == "cpu"
+        and not torch.compiler.is_dynamo_compiling()
+        and surely(input.numel() <= kernels.few_values)
+        and input.numel() > 0
+    ):
+        return f"PyTorch's own operations are as fast on up to {kernels.few_values} values"
     if is_special(input, *others):
         return "a tensor subclass, a transform of torch.func, forward-mode AD or torch.jit.trace is at work"
-    device = input.device.type
     if not (device == "cpu" or (device == "cuda" and kernels.runs_on_card(input.device.index))):
         card = " of this compute capability" if device == "cuda" and kernels.CUDA else ""
         return f"there are no kernels for {device}{card} in this build"
@@ -73,12 +80,6 @@ def why_no_kernel(input: Tensor, *others: Tensor | None) -> str | None:
         return "the input is empty, sparse, or not of 2 to 5 dimensions"
     if not (input.is_contiguous() or is_channels_last(input)):
         return "the input is neither contiguous nor channels_last"
-    if (
-        device == "cpu"
-        and not torch.compiler.is_dynamo_compiling()
-        and surely(input.numel() <= kernels.few_values)
-    ):
-        return f"PyTorch's own operations are as fast on up to {kernels.few_values} values"
     return None
 
 

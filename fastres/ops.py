@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastres import cases, choice, composed, convolution, max_pool
+from fastres import cases, choice, composed, convolution, kernels, max_pool
 from fastres import conv_bias as biases
 from fastres.kernels import bn_act, fragment, same_layout
 from fastres.recompute import call_without_keeping, call_without_keeping_values
@@ -359,8 +359,10 @@ def _pays_folding(input: Tensor, weight: Tensor) -> bool:
     # With a ReLU or a sum behind it there is one pass over the output in any case.
     # Low-precision weights are not folded: rounding them once more would cost more digits than stock loses.
     # And folding passes over the weights, at each call, where normalising passes over the output.
+    # Of few values that takes 12 us, the batch norm 7.
     exact = weight.dtype in (torch.float32, torch.float64)
-    return exact and cases.surely(input.numel() > 2 * weight.numel())
+    least = max(2 * weight.numel(), kernels.few_values if input.is_cpu else 0)
+    return exact and cases.surely(input.numel() > least)
 
 
 # ---------------------------------------------------------------------------------------------------------

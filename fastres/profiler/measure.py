@@ -23,7 +23,7 @@ from fastres.profiler.advice import advice
 from fastres.profiler.blocks import Block, Op, find_blocks
 from fastres.profiler.count import Count, Saved
 from fastres.profiler.result import VERSION, Profile
-from fastres.profiler.trace import Trace, trace
+from fastres.profiler.trace import NoRoomError, Trace, trace
 from fastres.profiler.walk import Part, Piece, Switch, SwitchAt, Walk
 from fastres.timing import Machine, clock_of, cudnn_benchmark
 
@@ -81,8 +81,11 @@ def profile(
         raise ProfileError(f"against={against!r}: expected 'stock', and 'compile' if wanted")
     if repeat < 1:
         raise ProfileError(f"repeat={repeat}: expected 1 or more")
-    with _errors(OSError), cudnn_benchmark():  # of files and folders of the machine, not of the model
-        result, traces = _profile(subject, name or type(model).__name__, tuple(against), repeat, advance)
+    bound = limits.measured(subject.device)
+    advance()
+    with _errors(NoRoomError), cudnn_benchmark():
+        name = name or type(model).__name__
+        result, traces = _profile(subject, name, tuple(against), repeat, bound, advance)
     if trace_path is not None:
         _write_trace(traces, trace_path)
     return result
@@ -99,7 +102,7 @@ def steps(against: tuple[str, ...], repeat: int) -> int:
     return variants * (_WARM_UP + repeat) + 2 * repeat + 6
 
 
-def _profile(subject, name, against, repeat, advance) -> tuple[Profile, dict[str, Trace]]:
+def _profile(subject, name, against, repeat, bound, advance) -> tuple[Profile, dict[str, Trace]]:
     wholes = {"fused": subject.step, "stock": subject.stock_step}
     if "compile" in against:
         wholes["compile"] = subject.compiled_step()
@@ -135,8 +138,6 @@ def _profile(subject, name, against, repeat, advance) -> tuple[Profile, dict[str
         step = wholes[variant]
         traces[variant] = trace(lambda *to, step=step: step(subject.walk(*to)), subject.device, label)
         advance()
-    bound = limits.measured(subject.device)
-    advance()
     data = {
         "fastres_profile": VERSION,
         "settings": {**subject.settings(name), "repeat": repeat, "against": list(against)},

@@ -21,6 +21,10 @@ _LEAST_SHARE = 0.05  # of a part's time that an op must take to be named
 _TRACK = 990_000  # the blocks' own line in the trace
 
 
+class NoRoomError(OSError):
+    """There is no place for a temporary file; the message says where."""
+
+
 @dataclass
 class Trace:
     """One step.
@@ -71,7 +75,7 @@ def trace(
         try:
             events = json.loads(path.read_text())["traceEvents"]
         except (OSError, ValueError) as error:  # it says nothing where it cannot write
-            raise OSError(
+            raise NoRoomError(
                 f"no room for a temporary trace in {folder}; set TMPDIR to another place"
             ) from error
     return _read(events, marks, delays, device, label)
