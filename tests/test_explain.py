@@ -4,6 +4,7 @@ import copy
 import random
 from importlib import import_module
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -231,8 +232,9 @@ def test_nothing_changes(model, x):
     model = fuse(nn.Sequential(model, nn.Dropout()))
     before = copy.deepcopy(model.state_dict())
     buffers = [(b, b._version) for b in model.buffers()]
+    random_numbers = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+    model.register_forward_hook(lambda *_: (random.random(), numpy.random.random()) and None)
     attributes = [dict(vars(m)) for m in model.modules()]
-    random_numbers = torch.get_rng_state(), random.getstate()
     kept = x.clone()
     explain(model, x)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -242,6 +244,7 @@ def test_nothing_changes(model, x):
     assert [dict(vars(m)) for m in model.modules()] == attributes
     assert torch.equal(torch.get_rng_state(), random_numbers[0])
     assert random.getstate() == random_numbers[1]
+    assert numpy.random.get_state()[1].tolist() == random_numbers[2]
     assert torch.equal(x, kept)
     assert all(p.grad is None for p in model.parameters())
 

@@ -145,6 +145,17 @@ def test_training_goes_on_as_without():
     assert all(map(torch.equal, *grads))
 
 
+def test_a_weight_of_two_convolutions_of_other_groups():
+    first, second = nn.Conv2d(32, 128, 3, bias=False), nn.Conv2d(128, 128, 3, groups=4, bias=False)
+    second.weight = first.weight
+    model = randomized(nn.Sequential(first, nn.BatchNorm2d(128), nn.ReLU(), second, nn.BatchNorm2d(128)))
+    input = images(4, 20, channels=32)
+    optimized = fastres.optimize_for_inference(model)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(optimized(input), model(input), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_give_the_same_results(duplicate, packs):
     model, input = fastres.optimize_for_inference(stock_model()), images(2, 64)

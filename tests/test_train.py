@@ -5,14 +5,16 @@ import csv
 import dataclasses
 import errno
 import io
+import random
 import re
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Subset
+from torch.utils.data import Subset, TensorDataset
 from training import SETTINGS, weights
 
 from fastres import cli
@@ -158,6 +160,29 @@ def test_learning_rate_warms_up_and_ends_near_zero(few, tmp_path):
     rates = [run._learning_rate(epoch / 10) for epoch in range(201)]
     assert rates[0] == 0.01 and max(rates) == rates[20] == 1.0 and rates[200] < 1e-9
     assert rates[20:] == sorted(rates[20:], reverse=True)
+
+
+def test_norms_and_biases_are_not_decayed(few, tmp_path):
+    run = loop.Run(loop.Settings(**SETTINGS), few, tmp_path)
+    decays = {p: g["weight_decay"] for g in run.optimizer.param_groups for p in g["params"]}
+    for name, parameter in run.model.named_parameters():
+        assert decays[parameter] == (loop.Settings.weight_decay if parameter.dim() > 1 else 0), name
+
+
+def test_every_generator_is_restored():
+    states, drawn = (
+        checkpoint.random_states(),
+        [random.random(), numpy.random.random(), torch.rand(()).item()],
+    )
+    checkpoint.restore_random_states(states)
+    assert [random.random(), numpy.random.random(), torch.rand(()).item()] == drawn
+
+
+def test_no_batch_has_a_single_image(few, tmp_path):
+    few.train = TensorDataset(*few.train[:33])
+    settings = loop.Settings(**{**SETTINGS, "batch_size": 16})
+    sizes = [len(labels) for _, labels in loop.Run(settings, few, tmp_path)._batches(len(few.train))]
+    assert sizes == [16, 16]
 
 
 def test_metrics_are_rewritten_not_appended(tmp_path):
