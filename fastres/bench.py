@@ -25,6 +25,7 @@ from fastres.fuse import fuse
 from fastres.inference import optimize_for_inference
 from fastres.models import by_name
 from fastres.progress import shown
+from fastres.saved import Saved
 from fastres.timing import (
     Machine,
     Seconds,
@@ -302,20 +303,11 @@ class Variant:
 
     def saved_bytes(self) -> int:
         """Memory that the forward keeps for the backward: each storage once, the model's own left out."""
-        own = {t.untyped_storage().data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
-        storages: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        # All that is saved lives until the backward, so that no address is met twice.
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        saved = Saved([*self.model.parameters(), *self.model.buffers()])
+        with saved.hooks():
             loss = self._loss(self.images, self.labels)
         loss.backward()
-        return sum(storages.values())
+        return saved.bytes.total()
 
     @contextlib.contextmanager
     def _watch_memory(self) -> Iterator[None]:

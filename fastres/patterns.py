@@ -167,8 +167,8 @@ def makers_stay(traced: Trace, chains: list[Chain], inlined: frozenset[nn.Module
         looked_into.update(traceable_parts(maker, training=traced.training))
         for name, part in maker.named_modules(prefix=path):
             needed = [untouched_guard(traced.module, name)]
-            if hasattr(part, "inplace"):
-                code = f"{module_code(name)}.inplace is {part.inplace}"
+            if isinstance(inplace := getattr(part, "inplace", None), bool):
+                code = f"{module_code(name)}.inplace is {inplace}"
                 needed.append(Guard(code, f"self.{name}.inplace is not what it was when fuse() ran"))
             guards.update((guard.code, guard) for guard in needed)
     if looked_into:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -117,30 +116,3 @@ class Count(TorchDispatchMode):
 
 def _size(tensor: Tensor) -> int:
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
-
-
-class Saved:
-    """Bytes kept for the backward pass, part by part; hooks for torch.autograd.graph.saved_tensors_hooks.
-
-    Args:
-        own: tensors that are there anyway: parameters, buffers, the input.
-    """
-
-    def __init__(self, own: list[Tensor]) -> None:
-        self.bytes: Counter[Part] = Counter()
-        self._seen = {tensor.untyped_storage().data_ptr() for tensor in own}
-        self._part: Part = ""
-
-    def switch(self, part: Part, direction: str) -> None:
-        self._part = part
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        # All that is saved lives until the backward, so that no address is met twice.
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.bytes[self._part] += storage.nbytes()
-        return tensor
-
-    def hooks(self):
-        return torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)

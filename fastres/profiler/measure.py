@@ -21,10 +21,11 @@ from fastres.inference import optimize_for_inference
 from fastres.profiler import limits
 from fastres.profiler.advice import advice
 from fastres.profiler.blocks import Block, Op, find_blocks
-from fastres.profiler.count import Count, Saved
+from fastres.profiler.count import Count
 from fastres.profiler.result import VERSION, Profile
 from fastres.profiler.trace import NoRoomError, Trace, trace
 from fastres.profiler.walk import Part, Piece, Switch, SwitchAt, Walk
+from fastres.saved import Saved
 from fastres.timing import Machine, clock_of, cudnn_benchmark
 
 VARIANTS = ("stock", "compile")
