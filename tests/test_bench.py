@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -250,7 +251,7 @@ def test_bad_arguments_get_one_sentence(words, message, capsys):
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "out.json"
     path.write_text("old")
-    monkeypatch.setattr(bench.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(bench.BenchError, match="No space left"):
         bench._write({}, path)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
