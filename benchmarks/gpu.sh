@@ -188,7 +188,7 @@ if command -v cuobjdump >/dev/null && command -v nvdisasm >/dev/null; then
 fi
 
 mapfile -t files < <(grep -lw device tests/test_*.py)
-tests=("$python" -m pytest -m cuda -p no:cacheprovider --tb short --maxfail 20 "${files[@]}")
+tests=("$python" -m pytest -m cuda -p no:cacheprovider --tb short "${files[@]}")
 if [[ -n $dry_run ]]; then
     passed=checked
     start tests 0 "${tests[@]}" --collect-only

@@ -82,7 +82,7 @@ def listening() -> Listener | None:
 
 
 def listening_to_sequences() -> SequenceListener | None:
-    """Who listens to this thread's sites where they run in sequences; else, listened to, none does."""
+    """Who listens to this thread's sequences; without one, sites that are listened to run one by one."""
     return _sequence_listeners.get(get_ident()) if _sequence_listeners else None
 
 

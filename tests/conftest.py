@@ -237,3 +237,13 @@ def ran(monkeypatch):
     counts, run = [], sequences._run
     monkeypatch.setattr(sequences, "_run", lambda *args: counts.append(len(args[3])) or run(*args))
     return counts
+
+
+@pytest.fixture
+def quick_limits(monkeypatch, tmp_path):
+    """The profiler's limits of the machine, not measured, and kept nowhere but here."""
+    limits = import_module("fastres.profiler.limits")
+    monkeypatch.setattr(limits, "_SECONDS", 0.0)
+    monkeypatch.setattr(limits, "_flops", lambda dtype, device: 1e11)
+    monkeypatch.setattr(limits, "_copy_speed", lambda bytes, device: 1e10 if bytes < 2**25 else 5e9)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 CHANNELS = 32
+_IMPORTS = "import torch\nfrom torch import nn\nfrom torch.nn import functional as F\n"
 
 
 def random_model(seed: int) -> nn.Module:
     """A module that maps (N, CHANNELS, H, W) to the same; `source` is what it was made of."""
     writer = _Writer(random.Random(seed))
-    source = writer.module()
+    source = _IMPORTS + writer.module()
     name = f"random_model_{seed}"
     # As of a file: fuse() and tracebacks read the source.
     linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
@@ -50,11 +51,6 @@ class _Writer:
             write = draw.choices([self.block, self.layer, self.part, self.break_pattern], [5, 2, 1, 3])[0]
             write()
         lines = [
-            *(
-                ["import torch", "from torch import nn", "from torch.nn import functional as F"][
-                    : 3 * (not self.depth)
-                ]
-            ),
             *self.classes,
             f"class M{self.number}(nn.Module):",
             "    def __init__(self):",

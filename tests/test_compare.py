@@ -12,7 +12,6 @@ from torch import nn
 
 import fastres
 from fastres.cli import main
-from fastres.profiler import limits
 from fastres.profiler.result import Profile
 
 KEPT = Path(__file__).with_name("profile.json")
@@ -170,11 +169,7 @@ class Block(nn.Module):
         return self.relu(self.bn1(self.conv1(self.pause(x))) + x)
 
 
-def test_a_block_that_is_made_slower_is_named_end_to_end(tmp_path, monkeypatch, capsys, one_thread):
-    monkeypatch.setattr(limits, "_SECONDS", 0.0)
-    monkeypatch.setattr(limits, "_flops", lambda dtype, device: 1e11)
-    monkeypatch.setattr(limits, "_copy_speed", lambda bytes, device: 1e10)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_a_block_that_is_made_slower_is_named_end_to_end(tmp_path, capsys, one_thread, quick_limits):
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
     input = torch.randn(2, 32, 8, 8).contiguous(memory_format=torch.channels_last)
     for path, slowed in zip(paths, (0.03, 0.075), strict=True):

@@ -9,22 +9,13 @@ from torch import nn
 
 import fastres
 from fastres import _C, models, recording
-from fastres.profiler import limits
 from fastres.profiler.walk import Walk
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "quick_limits"),
     pytest.mark.skipif(not _C.convolves("float32"), reason="there are no convolutions for this processor"),
 ]
 _SEQUENCE = "fastres::conv_bn_act_sequence"
-
-
-@pytest.fixture(autouse=True)
-def _limits(monkeypatch, tmp_path):
-    monkeypatch.setattr(limits, "_SECONDS", 0.0)
-    monkeypatch.setattr(limits, "_flops", lambda dtype, device: 1e11)
-    monkeypatch.setattr(limits, "_copy_speed", lambda bytes, device: 1e10)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def walked(model, input, known=None):

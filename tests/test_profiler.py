@@ -29,13 +29,7 @@ KEPT = Path(__file__).with_name("profile.json")
 _copy_speed = limits._copy_speed
 
 
-@pytest.fixture(autouse=True)
-def _limits(monkeypatch, tmp_path):
-    """Measured quickly, and kept nowhere but here."""
-    monkeypatch.setattr(limits, "_SECONDS", 0.0)
-    monkeypatch.setattr(limits, "_flops", lambda dtype, device: 1e11)
-    monkeypatch.setattr(limits, "_copy_speed", lambda bytes, device: 1e10 if bytes < 2**25 else 5e9)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("quick_limits")
 
 
 def images(size=16, batch=2):

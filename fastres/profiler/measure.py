@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastres import sites
-from fastres.errors import told_as
+from fastres.errors import SettingsError, told_as
 from fastres.fuse import fuse
 from fastres.inference import optimize_for_inference
 from fastres.profiler import limits
@@ -32,7 +32,7 @@ VARIANTS = ("stock", "compile")
 _WARM_UP = 2  # calls: the first makes the optimizer's state, the second runs in the memory so gained
 
 
-class ProfileError(ValueError):
+class ProfileError(SettingsError):
     """The measurement that was asked for cannot be made; the message says why."""
 
 
@@ -286,10 +286,11 @@ class _Subject:
         first = Walk(self.model, lambda part, direction: None)
         self.step(first)
         self.pieces = first.pieces
-        in_sequences = self.walk(*[lambda *switched: None] * 2)
-        self.step(in_sequences)
-        # Seen as a whole the model may have other sites than its parts have by themselves.
-        self.one_by_one = not in_sequences.is_as_known()
+        if not self.training:
+            in_sequences = self.walk(*[lambda *switched: None] * 2)
+            self.step(in_sequences)
+            # Seen as a whole the model may have other sites than its parts have by themselves.
+            self.one_by_one = not in_sequences.is_as_known()
         return find_blocks(self.model, self.pieces)
 
     def walk(self, switch: Switch, switch_at: SwitchAt | None = None) -> Walk:
