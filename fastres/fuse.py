@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastres.block_patterns import join_blocks
-from fastres.generated import compiled
+from fastres.generated import body_of, compiled
 from fastres.inlining import containers_to_inline
 from fastres.patterns import Chain, find_chains, makers_stay, rewrite
 from fastres.trace import Trace, check_class, trace
@@ -217,18 +217,18 @@ def _fused_class(module: nn.Module, variants: list[Variant]) -> type[nn.Module]:
     for variant in variants:
         needed = rewrite(variant.traced, variant.chains, variant.inlined)
         guards.append([own, *variant.guards, *needed, *join_blocks(variant.traced)])
-    bodies = [variant.traced.graph.python_code("self") for variant in variants]
+    bodies = [body_of(variant.traced.graph, module) for variant in variants]
     constants = {name: value for guard in sum(guards, []) for name, value in guard.constants}
     defaults = variants[0].traced.defaults
     source = _dispatch_source(cls, defaults, guards)
-    scopes = [constants, *(body.globals for body in bodies)]
+    scopes = [constants, *(names for _, names in bodies)]
     names = tuple((name, id(value)) for scope in scopes for name, value in scope.items())
-    key = (cls, source, tuple(body.src for body in bodies), names)
+    key = (cls, source, tuple(body for body, _ in bodies), names)
     fused = _classes.get(key)
     if fused is None:
         scope = {"Tensor": Tensor, **constants}
-        for index, body in enumerate(bodies):
-            scope[f"_fused_{index}"] = compiled(body.src, dict(body.globals), cls)
+        for index, (body, named) in enumerate(bodies):
+            scope[f"_fused_{index}"] = compiled(body, dict(named), cls)
         forward = compiled(source, scope, cls)
         for name in (
             "__defaults__",

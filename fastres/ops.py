@@ -294,7 +294,7 @@ def conv_bn_act(
         geometry = (stride, padding, dilation, groups)
         others = conv_bias, channel_vectors, geometry, training, needs_grad
         by = choice.for_ours(input, weight, residual, *others)
-        if by is None and record is not None and input.dim() == 4 and input.layout == torch.strided:
+        if by is None and record is not None and _may_be_moved(input):
             elsewhere = torch.empty_like(input, memory_format=torch.channels_last)
             record.own_in_channels_last = choice.for_ours(elsewhere, weight, None, *others) is not None
     if by is not None:
@@ -347,6 +347,11 @@ def conv_bn_act(
         relu,
         pool,
     )
+
+
+def _may_be_moved(input: Tensor) -> bool:
+    """Whether there may be the same in channels_last memory."""
+    return input.dim() == 4 and input.layout == torch.strided and not cases.is_special(input)
 
 
 def _of_images(input, weight, *rest) -> Tensor | None:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from fastres import _C, cases, inplace, recording, sites
 from fastres.convolution import pair
 from fastres.fuse import Fused, set_class, subclass
-from fastres.generated import compiled
+from fastres.generated import body_of, compiled
 from fastres.packing import is_kept, packed
 from fastres.patterns import find_chains, rewrite
 from fastres.snapshot import Snapshot, can_be_taken_of
@@ -168,8 +168,8 @@ def _made_for(model: nn.Module, whole: fx.Graph, input: Tensor) -> tuple[Forward
     _put_sequences(graph, watching.steps)
     if torch.is_autocast_enabled("cpu"):
         _put_casts(graph, model, torch.get_autocast_dtype("cpu"))
-    body = graph.python_code("self")
-    return compiled(body.src, dict(body.globals), stock_class(model)), output
+    body, names = body_of(graph, model)
+    return compiled(body, dict(names), stock_class(model)), output
 
 
 def _keep_latest(kinds: dict, kind: tuple[Any, ...], value: Any) -> None:

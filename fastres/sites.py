@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastres import cases, conv_bias, ops, residual_blocks
+from fastres import cases, conv_bias, ops, residual_blocks, unfused
 from fastres.max_pool import MaxPool
 from fastres.recompute import call_without_keeping
 from fastres.recording import Reason, Record, begin, listening, listening_to_sequences
@@ -193,6 +193,12 @@ def conv_bn_act(
     windows = _windows(pool)
     if pool is not None and windows is None:
         return max_pool(pool, conv_bn_act(conv, bn, act, input, residual, relu=relu, add=add))
+    kind = left = None
+    if pool is None and type(input) is Tensor:  # a trace would have to vet what a Proxy runs through
+        kind = unfused.kind_of(bn, input)
+        left = unfused.are_left(bn, kind)
+    if left:
+        return activate(act, _sum(bn(conv(input)), residual, add), relu)
     reason = (
         _why_no_site()
         or _why_not_layer(conv, bn, act)
@@ -206,27 +212,13 @@ def conv_bn_act(
         return output if pool is None else pool(output)
     running_mean, running_var, training = _statistics(bn)
     momentum = _counted(bn)
-    return _uncounted_if_refused(
-        bn,
-        ops.conv_bn_act,
-        input,
-        conv.weight,
-        running_mean,
-        running_var,
-        bn.weight,
-        bn.bias,
-        residual,
-        conv.bias,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        conv.groups,
-        training,
-        momentum,
-        bn.eps,
-        relu,
-        windows,
-    )
+    vectors = running_mean, running_var, bn.weight, bn.bias
+    geometry = conv.stride, conv.padding, conv.dilation, conv.groups
+    rest = training, momentum, bn.eps, relu, windows
+    arguments = bn, ops.conv_bn_act, input, conv.weight, *vectors, residual, conv.bias, *geometry, *rest
+    if kind is None or left is not None:
+        return _uncounted_if_refused(*arguments)
+    return unfused.learn(bn, kind, _uncounted_if_refused, *arguments)
 
 
 def bn_act(

@@ -16,7 +16,7 @@ KINDS = {
     "basic, projected": lambda: BasicBlock(64, 96, 2, ConvBn2d(64, 96, 1, 2, bias=False)),
     "bottleneck": lambda: Bottleneck(128, 32),
     "bottleneck, projected": lambda: Bottleneck(64, 32, 2, ConvBn2d(64, 128, 1, 2, bias=False)),
-    "bottleneck, groups": lambda: Bottleneck(128, 64, 1, ConvBn2d(128, 256, 1, bias=False), 8, 32),
+    "bottleneck, groups": lambda: Bottleneck(128, 64, 1, ConvBn2d(128, 256, 1, bias=False), 16, 8),
 }
 every_kind = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 

@@ -102,17 +102,19 @@ class DirectLoop final : public GatherLoop {
         return ceil_div(k_words_, ceil_div(k_words_, most));
     }
 
-    // [n block][k block][tap][k word][n]
+    // [n block][k block][tap][k word][n]. Read tap by tap: channels lie beside each other.
     void pack(int64_t n_block, float* packed) const {
         float* words = packed + n_block * taps_ * k_words_ * kernels_.block;
-        for (int64_t k = 0; k < k_words_; k += k_block_) {
-            const int64_t k_words = std::min(k_block_, k_words_ - k), first = k * kernels_.pack;
-            const int64_t channels = std::min(k_words * kernels_.pack, args_.in_channels - first);
-            for (const Tap& row : args_.rows.taps) {
-                for (const Tap& column : args_.columns.taps) {
-                    pack_tap(row, column, first, channels, n_block, words);
-                    words += k_words * kernels_.block;
+        int64_t tap = 0;
+        for (const Tap& row : args_.rows.taps) {
+            for (const Tap& column : args_.columns.taps) {
+                for (int64_t k = 0; k < k_words_; k += k_block_) {
+                    const int64_t k_words = std::min(k_block_, k_words_ - k), first = k * kernels_.pack;
+                    const int64_t channels = std::min(k_words * kernels_.pack, args_.in_channels - first);
+                    pack_tap(row, column, first, channels, n_block,
+                             words + (taps_ * k + tap * k_words) * kernels_.block);
                 }
+                ++tap;
             }
         }
     }

@@ -42,6 +42,29 @@ FASTRES_ALWAYS void transpose(Square& rows) {
     exchange<4>(rows);
     exchange<8>(rows);
 }
+#elif defined(__AVX2__)
+FASTRES_ALWAYS void transpose(Square& rows) {
+    __m256 pairs[8], fours[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        const auto first = reinterpret_cast<__m256>(rows[i]), second = reinterpret_cast<__m256>(rows[i + 1]);
+        pairs[i] = _mm256_unpacklo_ps(first, second);
+        pairs[i + 1] = _mm256_unpackhi_ps(first, second);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 4) {
+        constexpr int lower = 0x44, upper = 0xee;  // halves of both
+        fours[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], lower);
+        fours[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], upper);
+        fours[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], lower);
+        fours[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], upper);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        rows[i] = reinterpret_cast<Vec<float>>(_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20));
+        rows[i + 4] = reinterpret_cast<Vec<float>>(_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31));
+    }
+}
 #else
 FASTRES_ALWAYS void transpose(Square& rows) {
     for (int i = 0; i < kLanes<float>; ++i) {

@@ -204,7 +204,8 @@ bool winograd_pays(const Gather& args) {
     const ConvKernels& kernels = *convolution_kernels(args.dtype);
     if (args.one_order)
         return winograd_pays(kernels, 1, {kTileStep, kTileStep}, args.in_channels, args.out_channels, 1);
-    constexpr int64_t least_pixels = 256;  // of fewer the weights' transform takes too long
+    // Of fewer the weights' transform takes too long, beside products that AVX-512 makes twice as many of.
+    const int64_t least_pixels = lanes_of(kernels) > 8 ? 256 : 150;
     return winograd_pays(kernels, args.batch, args.grid, args.in_channels, args.out_channels, least_pixels);
 }
 
