@@ -14,9 +14,8 @@ from torch import fx
 from fastres import inplace, sites
 from fastres.aliasing import used_once
 from fastres.nodes import source_of
-from fastres.patterns import untouched_guard
 from fastres.trace import Trace
-from fastres.watch import Guard
+from fastres.watch import Guard, untouched_guard
 
 
 @dataclass

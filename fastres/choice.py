@@ -5,7 +5,7 @@ import torch
 from fastres import _C, cases, convolution, kernels, tuning
 from fastres.packing import is_kept
 
-# What was answered before, by all that the answer depends on: to ask takes as long as a layer of few values.
+# What was answered before, by all that it depends on: to ask takes as long as a layer of few values.
 _known: dict[tuple, convolution.Geometry | None] = {}
 _MOST_KNOWN = 4096
 

@@ -21,9 +21,14 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):  # a sign that the terminal lacks is no reason to end
         sys.stdout.reconfigure(errors="replace")
+    argv = sys.argv[1:] if argv is None else argv
+    chosen = next((word for word in argv if not word.startswith("-")), None)
     try:
         try:
-            return _main(argv)
+            return _main(argv, chosen)
+        except KeyboardInterrupt:  # also while PyTorch is imported
+            print(f"\nfastres {chosen}: interrupted", file=sys.stderr)
+            return 130
         finally:
             sys.stdout.flush()  # here and not at exit, where a closed pipe could no longer be dealt with
     except BrokenPipeError:  # such as `fastres doctor | head -1`
@@ -34,9 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     return 1
 
 
-def _main(argv: list[str] | None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    chosen = next((word for word in argv if not word.startswith("-")), None)
+def _main(argv: list[str], chosen: str | None) -> int:
     parser = argparse.ArgumentParser(prog="fastres", description="ResNets with fused layers for PyTorch.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="command")
@@ -61,11 +64,7 @@ def _main(argv: list[str] | None) -> int:
     if arguments.command is None:
         parser.print_help()
         return 2
-    try:
-        return command.run(arguments)
-    except KeyboardInterrupt:
-        print(f"\nfastres {chosen}: interrupted", file=sys.stderr)
-        return 130
+    return command.run(arguments)
 
 
 def _no_such_isa() -> str:

@@ -113,6 +113,8 @@ def covered(
     batch, channels, height, width = by.output_size(input, weight)
     if surely(height < 1) or surely(batch * height * width < _LEAST_PIXELS):
         return None
+    if surely(0 in weight.shape[2:]):  # which F.conv2d refuses
+        return None
     fits = residual is None or (
         residual.shape == (batch, channels, height, width)
         and residual.dtype == dtype

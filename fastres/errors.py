@@ -32,7 +32,7 @@ def told_as(kind: type[Exception], words: str, *others: type[Exception]) -> Iter
         yield
     except (kind, *others):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script's code may end the process
         raise kind(f"{words}: {first_line(error)}") from error
 
 

@@ -44,6 +44,6 @@ def _explanation(arguments: argparse.Namespace) -> Explanation:
             images = torch.randn(arguments.batch, arguments.channels, size, size)
             channels_last = {"memory_format": torch.channels_last}  # as it should be used
             return explain(model.train(training).to(**channels_last), images.to(**channels_last))
-        except Exception as error:  # whatever the model's code raises
+        except (Exception, SystemExit) as error:  # whatever the model's code raises
             message = f"{arguments.model} cannot run these settings: {first_line(error)}"
             raise ValueError(message) from error

@@ -15,9 +15,9 @@ from torch import fx, nn
 from fastres import sites
 from fastres.aliasing import used_once
 from fastres.nodes import BATCH_NORMS, addends, is_relu, source_of, use_of
-from fastres.trace import Trace, check_class, trace, untouched
+from fastres.trace import Trace, check_class, trace
 from fastres.vet import Untraceable
-from fastres.watch import stock_class
+from fastres.watch import stock_class, untouched
 
 
 def containers_to_inline(traced: Trace) -> frozenset[nn.Module]:

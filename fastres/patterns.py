@@ -21,8 +21,8 @@ from fastres import inplace, sites
 from fastres.aliasing import Memory, used_once
 from fastres.inlining import lines_of_block
 from fastres.nodes import BATCH_NORMS, addends, is_relu, use_of
-from fastres.trace import Trace, trace, traceable_parts, untouched
-from fastres.watch import Guard, Reason, module_code, stock_class
+from fastres.trace import Trace, trace, traceable_parts
+from fastres.watch import Guard, Reason, module_code, untouched_guard
 
 
 @dataclass
@@ -212,20 +212,6 @@ def rewrite(traced: Trace, chains: list[Chain], inlined: frozenset[nn.Module]) -
         if traced.calls(node, nn.MaxPool2d) and node.args[0] in replaced.values():
             _take_pool(traced.graph, node, node.args[0])
     return list(guards.values())
-
-
-def untouched_guard(module: nn.Module, path: str) -> Guard:
-    """That the submodule at `path` is called as its class has it."""
-    cls = stock_class(module.get_submodule(path))
-    name = f"_class_{id(cls)}"  # a path may have characters that a name may not
-
-    def why(module: nn.Module) -> Reason:
-        child = module.get_submodule(path)
-        replaced = stock_class(child) is not cls
-        return child, f"{type(child).__name__} instead of {cls.__name__}" if replaced else "a hook is set"
-
-    code = f"_untouched({module_code(path)}, {name})"
-    return Guard(code, why, (("_untouched", untouched), (name, cls)))
 
 
 def _take_pool(graph: fx.Graph, node: fx.Node, chain: fx.Node) -> None:

@@ -28,9 +28,9 @@ from fastres.generated import body_of, compiled
 from fastres.packing import is_kept, packed
 from fastres.patterns import find_chains, rewrite
 from fastres.snapshot import Snapshot, can_be_taken_of
-from fastres.trace import trace, traceable_parts, untouched
+from fastres.trace import trace, traceable_parts
 from fastres.vet import Untraceable
-from fastres.watch import is_torch_layer, stock_class
+from fastres.watch import is_torch_layer, stock_class, untouched
 
 _run = torch.ops.fastres.conv_bn_act_sequence.default
 _SITES = (sites.conv_bn_act, inplace.conv_bn_act)

@@ -194,11 +194,12 @@ def conv_bn_act(
     if pool is not None and windows is None:
         return max_pool(pool, conv_bn_act(conv, bn, act, input, residual, relu=relu, add=add))
     kind = left = None
-    if pool is None and type(input) is Tensor:  # a trace would have to vet what a Proxy runs through
-        kind = unfused.kind_of(bn, input)
-        left = unfused.are_left(bn, kind)
+    # A trace would have to vet what a Proxy runs through.
+    if pool is None and type(input) is Tensor and _why_stock() is None:
+        kind = unfused.kind_of(conv, bn, input)
+        left = unfused.are_left(conv, bn, kind)
     if left:
-        return activate(act, _sum(bn(conv(input)), residual, add), relu)
+        return activate(act, _sum(bn(call_without_keeping(conv, input)), residual, add), relu)
     reason = (
         _why_no_site()
         or _why_not_layer(conv, bn, act)
@@ -218,7 +219,7 @@ def conv_bn_act(
     arguments = bn, ops.conv_bn_act, input, conv.weight, *vectors, residual, conv.bias, *geometry, *rest
     if kind is None or left is not None:
         return _uncounted_if_refused(*arguments)
-    return unfused.learn(bn, kind, _uncounted_if_refused, *arguments)
+    return unfused.learn(conv, bn, kind, _uncounted_if_refused, *arguments)
 
 
 def bn_act(

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastres.vet import Untraceable, from_torch
@@ -73,19 +72,6 @@ class Trace:
         )
 
 
-def untouched(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether calling the module still means running `cls.forward` and nothing else, such as a hook."""
-    return (
-        (type(module) is cls or getattr(type(module), "_stock_class", None) is cls)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-        and "forward" not in module.__dict__
-        and not _has_any_global_hook()
-    )
-
-
 # Tracing patches nn.Module while it runs, so that two threads must not do it at once.
 _lock = threading.RLock()
 
@@ -118,7 +104,7 @@ def trace(module: nn.Module, *, training: bool, inline: frozenset[nn.Module] = f
             graph = tracer.trace(module)
         except Untraceable:
             raise
-        except Exception as error:  # whatever the user's code or fx raises: the module then stays as it is
+        except (Exception, SystemExit) as error:  # of the user's code or fx: the module stays as it is
             raise watch.error or Untraceable(_first_sentence(error)) from error
         finally:
             for child, child_cls in recorded.items():

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastres.vet import (
     Untraceable,
@@ -86,6 +87,33 @@ def child_code(path: str) -> str:
     """The same, but None where the last part is missing."""
     parent, _, name = path.rpartition(".")
     return f"{module_code(parent)}._modules.get({name!r})"
+
+
+def untouched(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether calling the module still means running `cls.forward` and nothing else, such as a hook."""
+    return (
+        (type(module) is cls or getattr(type(module), "_stock_class", None) is cls)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and "forward" not in module.__dict__
+        and not _has_any_global_hook()
+    )
+
+
+def untouched_guard(module: nn.Module, path: str) -> Guard:
+    """That the submodule at `path` is called as its class has it."""
+    cls = stock_class(module.get_submodule(path))
+    name = f"_class_{id(cls)}"  # a path may have characters that a name may not
+
+    def why(module: nn.Module) -> Reason:
+        child = module.get_submodule(path)
+        replaced = stock_class(child) is not cls
+        return child, f"{type(child).__name__} instead of {cls.__name__}" if replaced else "a hook is set"
+
+    code = f"_untouched({module_code(path)}, {name})"
+    return Guard(code, why, (("_untouched", untouched), (name, cls)))
 
 
 @functools.cache

@@ -1,15 +1,19 @@
 """What the convolution kernels refuse, with its message and before anything is written; and no images."""
 
+import contextlib
+
 import pytest
 import torch
 from layers import channels_last
 
-from fastres import _C
+from fastres import _C, ops
 
 KERNELS = torch.ops.fastres
 
 X, W = channels_last(torch.randn(2, 4, 6, 6)), torch.randn(5, 4, 3, 3)
 G = channels_last(torch.randn(2, 5, 4, 4))
+WITHOUT_MEMORY = torch.zeros(5)
+WITHOUT_MEMORY.untyped_storage().resize_(0)
 MEAN, RSTD = torch.zeros(5).double(), torch.ones(5).double()
 ONE, NONE = [1, 1], [0, 0]
 
@@ -87,6 +91,7 @@ BAD = [
     (_forward, dict(weight=W[:, :2]), "no kernel for 2 groups of 2 input channels and 5 output channels"),
     (_forward, dict(weight=W[:, :0]), "weight takes 0 input channels, input has 4"),
     (_forward, dict(weight=torch.randn(5, 4, 7, 1)), "the kernel is larger than the padded input"),
+    (_forward, dict(weight=torch.randn(5, 4, 0, 3)), "the kernel has no pixels"),
     (_forward, dict(dilation=[1, 3]), "the kernel is larger than the padded input"),
     (_forward, dict(residual=G[0]), "residual is not a 4-d tensor on the CPU"),
     (_forward, dict(residual=X), "residual has another shape than the convolution gives it"),
@@ -96,6 +101,7 @@ BAD = [
     (_forward, dict(bias=torch.zeros(5).bfloat16()), "bias takes one float32 for each output channel"),
     (_forward, dict(bias=torch.zeros(10)[::2]), "bias takes one float32 for each output channel"),
     (_forward, dict(bias=torch.zeros(5, 1)), "bias takes one float32 for each output channel"),
+    (_forward, dict(bias=WITHOUT_MEMORY), "bias has no memory"),
     (_backward_input, dict(input_size=X.shape[1:]), "input is not 4-d"),
     (_backward_input, dict(grad=G[0]), "grad is not a 4-d tensor on the CPU"),
     (_backward_input, dict(grad=X), "grad has another shape than the convolution gives it"),
@@ -158,6 +164,19 @@ def test_bad_input(call, change, message):
         assert torch.equal(statistics["running_var"], torch.ones(5))
 
 
+@pytest.mark.parametrize("channels", [(0, 5), (4, 0), (0, 0)])
+def test_no_channels(channels):
+    inputs, outputs = channels
+    input, weight = channels_last(torch.randn(2, inputs, 6, 6)), torch.randn(outputs, inputs, 3, 3)
+    with pytest.raises(RuntimeError, match="fastres::conv_forward"):
+        _forward(input=input, weight=weight)
+    assert not _C.convolves("float32", inputs, outputs, 1)
+    if outputs:  # what PyTorch makes of no input channels is its own affair
+        statistics = torch.zeros(outputs), torch.ones(outputs)
+        with contextlib.suppress(RuntimeError, ValueError):
+            ops.conv_bn_relu(input, weight, *statistics)
+
+
 def test_a_dtype_without_a_kernel(isa):
     with pytest.raises(RuntimeError, match=f"no kernel for float64 with instruction set {isa}"):
         KERNELS.conv_forward(X.double(), W, None, None, ONE, NONE, ONE, True)
@@ -199,6 +218,13 @@ def test_a_weight_that_is_packed_otherwise(spoil):
         RuntimeError, match="fastres::conv_bn_act_eval: packed is not what conv_pack_weight"
     ):
         _bn_act_eval(spoil(packed))
+
+
+def test_a_packed_weight_without_memory():
+    packed = KERNELS.conv_pack_weight(W, X, ONE, ONE, 1)
+    packed.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="packed has no memory"):
+        _bn_act_eval(packed)
 
 
 def test_a_weight_that_another_instruction_set_packed():

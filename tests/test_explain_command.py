@@ -44,3 +44,15 @@ def test_options_of_a_number_say_what_it_is(capsys):
         cli.main(["explain", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "--batch BATCH images " in text and "--image-size IMAGE_SIZE side of the images" in text
+
+
+def test_a_model_that_ends_the_process(tmp_path, capsys):
+    lines = [
+        "from torch import nn",
+        "class Ends(nn.Module):",
+        "    def forward(self, x):",
+        "        raise SystemExit",
+    ]
+    (tmp_path / "ends.py").write_text("\n".join(lines))
+    assert cli.main(["explain", "--model", f"{tmp_path}/ends.py:Ends"]) != 0
+    assert "cannot run these settings" in capsys.readouterr().err

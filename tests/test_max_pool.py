@@ -216,6 +216,11 @@ def _backward(grad=None, index=None, save=torch.float64):
     )  # fmt: skip
 
 
+def without_memory(tensor):
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 @pytest.mark.parametrize(
     "call, change, message",
     [
@@ -231,6 +236,8 @@ def _backward(grad=None, index=None, save=torch.float64):
         (_backward, dict(grad=lambda g: g.double()), "grad is not a channels-last tensor"),
         (_backward, dict(index=lambda i: i[:-1]), "index is not what bn_relu_max_pool_forward gave"),
         (_backward, dict(index=lambda i: i.long()), "index is not what bn_relu_max_pool_forward gave"),
+        (_backward, dict(grad=lambda g: without_memory(g.clone())), "grad has no memory"),
+        (_backward, dict(index=lambda i: without_memory(i.clone())), "index has no memory"),
         (_backward, dict(save=torch.float32), "save_mean is float32, expected float64"),
     ],
 )

@@ -72,6 +72,8 @@ BAD = {
     "--data /nowhere": "--data /nowhere: there is no such folder",
     "--epochs 0": "--epochs 0: expected 1 or more",
     "--batch-size 1": "--batch-size 1: expected 2 or more",
+    "--batch-size 99999999999999999999": "--batch-size 99999999999999999999: expected at most 2147483647",
+    "--workers 100000": "--workers 100000: expected at most ",
     "--lr nan": "--lr nan: expected a number above 0",
     "--warmup -1": "--warmup -1: expected a number of 0 or more",
     "--arch RESNET5O": "there is no such model; did you mean resnet50?",

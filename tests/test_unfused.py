@@ -6,8 +6,12 @@ import gc
 import pytest
 import torch
 from layers import channels_last
+from saving import kept
 from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
 
+import fastres
 from fastres import kernels, ops, recording, sites, unfused
 
 
@@ -26,9 +30,9 @@ def asked(monkeypatch):
     return calls
 
 
-def layer(channels=24, groups=24):
+def layer(channels=24, groups=24, bias=False):
     """Of a convolution that is PyTorch's: there are no kernels for groups of one channel."""
-    conv = nn.Conv2d(channels, channels, 3, padding=1, groups=groups, bias=False)
+    conv = nn.Conv2d(channels, channels, 3, padding=1, groups=groups, bias=bias)
     return conv, nn.BatchNorm2d(channels), nn.ReLU()
 
 
@@ -117,8 +121,72 @@ def test_a_transform_leaves_nothing_behind(asked):
 def test_nothing_is_known_of_modules_that_are_gone():
     modules = layer()
     call(modules, images())
-    number = id(modules[1])
-    assert number in unfused._known
+    numbers = tuple(map(id, modules[:2]))
+    assert numbers in unfused._known
     del modules
     gc.collect()
-    assert number not in unfused._known
+    assert numbers not in unfused._known
+
+
+def after_a_fused_layer():
+    layers = [nn.Conv2d(24, 64, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(), *layer(64, 64)]
+    return fastres.fuse(nn.Sequential(*layers)).to(memory_format=torch.channels_last)
+
+
+def kept_by(model, input):
+    with kept() as count:
+        output = model(input)
+    assert output.requires_grad
+    return count()
+
+
+def test_every_call_keeps_as_little():
+    model, input = after_a_fused_layer(), images()
+    first, second = (kept_by(model, input) for _ in range(2))
+    assert first == second
+
+
+def test_a_checkpoint_may_learn_and_then_know():
+    model, input = after_a_fused_layer(), images().requires_grad_()
+    for _ in range(2):
+        checkpoint(model, input, use_reentrant=False).sum().backward()
+
+
+def test_a_bias_in_training_is_left_out_each_time():
+    modules, input = layer(bias=True), images()
+    outputs = []
+    for _ in range(2):
+        outputs.append(call(modules, input))
+        outputs[-1].square().sum().backward()
+        assert not modules[0].bias.grad.any()
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
+
+
+def test_what_is_compiled_does_not_depend_on_it():
+    model, input, counter = fastres.fuse(nn.Sequential(*layer())), images(), CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    compiled(input)
+    model(input)
+    compiled(input)
+    assert counter.frame_count == 1
+
+
+def test_what_else_a_call_is_known_by(asked):
+    modules, input = layer(), images()
+    call(modules, input)
+    with torch.autocast("cpu", torch.bfloat16):
+        call(modules, input)
+    modules[0].weight.requires_grad_(False)
+    call(modules, input)
+    call(modules, input.clone().requires_grad_())
+    call((layer()[0], *modules[1:]), input)
+    assert len(asked) == 5
+
+
+def test_stock_layers_are_stock_layers():
+    model, input = after_a_fused_layer(), images()
+    with sites.stock():
+        expected = kept_by(model, input)
+    assert kept_by(model, input) < expected
+    with sites.stock():
+        assert kept_by(model, input) == expected

@@ -76,12 +76,11 @@ Conv2d conv2d(const char* op, const Ints& input, Dtype dtype, const Tensor& weig
     shape.dilation = axes(op, "dilation", dilation, 1);
     // Whoever counts channels in a group has said how many groups there are.
     const int64_t of_group = weight.size(1);
-    const bool fits =
-        of_group == 0 ? shape.in_channels == 0 : shape.in_channels > 0 && shape.in_channels % of_group == 0;
-    if (!fits)
+    if (of_group < 1 || shape.in_channels < 1 || shape.in_channels % of_group != 0)
         fail(op, "weight takes " + std::to_string(of_group) + " input channels, input has " +
                      std::to_string(shape.in_channels));
-    shape.groups = of_group == 0 ? 1 : shape.in_channels / of_group;
+    shape.groups = shape.in_channels / of_group;
+    if (shape.kernel.h < 1 || shape.kernel.w < 1) fail(op, "the kernel has no pixels");
     check_kernels(op, dtype);
     if (!cpu::covers_groups(*cpu::convolution_kernels(dtype), shape.in_channels, shape.out_channels,
                             shape.groups))
@@ -135,6 +134,7 @@ Tensor empty_packed(const Tensor& like, const cpu::ConvForward& args) {
 
 const float* packed_data(const char* op, const Tensor& packed, const cpu::ConvForward& args) {
     const PackedHeader expected(args);
+    check_memory(op, "packed", packed);
     if (packed.dim() != 1 || packed.numel() != packed_bytes(args) || !packed.is_contiguous() ||
         !packed.is_cpu() || packed.element_size() != 1 ||
         std::memcmp(packed.data_ptr(), &expected, sizeof expected) != 0)

@@ -44,9 +44,10 @@ Tensor forward(Tensor input, Tensor weight, OptionalTensor bias, OptionalTensor 
     constexpr const char* op = "conv_forward";
     cpu::ConvForward args = conv_forward(op, input, weight, residual, stride, padding, dilation);
     if (bias) {
-        if (bias->dim() != 1 || bias->size(0) != args.shape.out_channels || !bias->is_contiguous() ||
-            dtype_of(op, "bias", *bias) != Dtype::f32)
+        if (!bias->is_cpu() || bias->dim() != 1 || bias->size(0) != args.shape.out_channels ||
+            !bias->is_contiguous() || dtype_of(op, "bias", *bias) != Dtype::f32)
             fail(op, "bias takes one float32 for each output channel");
+        check_memory(op, "bias", *bias);
         args.shift = static_cast<const float*>(bias->data_ptr());
     }
     Tensor output = empty_channels_last(input, out_sizes(args.shape));

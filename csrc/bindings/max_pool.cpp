@@ -115,9 +115,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor input, Tensor in
         !same_device(grad, input) || !is_channels_last(grad) ||
         dtype_of(kBackward, "grad", grad) != dtype_of(kBackward, "input", input))
         fail(kBackward, "grad is not a channels-last tensor with input's images, channels and dtype");
+    check_memory(kBackward, "grad", grad);
     if (index.numel() != grad.numel() || index.element_size() != 1 || !index.is_contiguous() ||
         !same_device(index, input))
         fail(kBackward, "index is not what bn_relu_max_pool_forward gave");
+    check_memory(kBackward, "index", index);
     args.pool = max_pool2d(kBackward, input, {grad.size(2), grad.size(3)}, kernel, stride, padding);
     args.norm =
         bn_backward(kBackward, input, weight, bias, save_mean, save_rstd, training, Device::statistics);

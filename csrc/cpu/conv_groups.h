@@ -15,6 +15,7 @@ namespace fastres::cpu {
 // groups or groups whole vectors, and no more than a block.
 inline bool covers_groups(const ConvKernels& kernels, int64_t in_channels, int64_t out_channels,
                           int64_t groups) {
+    if (in_channels < 1 || out_channels < 1) return false;
     if (groups == 1) return true;
     const int64_t channels = in_channels / groups;
     const bool power_of_two = (channels & (channels - 1)) == 0;

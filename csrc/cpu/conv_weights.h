@@ -47,7 +47,8 @@ FASTRES_ALWAYS void transpose(Square& rows) {
     __m256 pairs[8], fours[8];
 #pragma GCC unroll 4
     for (int i = 0; i < 8; i += 2) {
-        const auto first = reinterpret_cast<__m256>(rows[i]), second = reinterpret_cast<__m256>(rows[i + 1]);
+        const auto first = reinterpret_cast<__m256>(rows[i]),
+                   second = reinterpret_cast<__m256>(rows[i + 1]);
         pairs[i] = _mm256_unpacklo_ps(first, second);
         pairs[i + 1] = _mm256_unpackhi_ps(first, second);
     }

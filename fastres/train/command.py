@@ -12,6 +12,7 @@ import torch
 
 from fastres import models
 from fastres.errors import did_you_mean, first_line
+from fastres.timing import usable_cores
 from fastres.train.data import DataError, digits, image_folder
 from fastres.train.loop import (
     CHECKPOINT,
@@ -126,11 +127,18 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         names = models.list_models()
         hint = did_you_mean(arguments.arch, names, otherwise=f"there are {', '.join(names)}")
         raise DataError(f"--arch {arguments.arch}: there is no such model; {hint}")
-    for name, least in (("epochs", 1), ("batch_size", 2), ("image_size", 32), ("workers", 0)):
+    most_workers = 4 * usable_cores()
+    for name, least, most in (
+        ("epochs", 1, 2**31 - 1),
+        ("batch_size", 2, 2**31 - 1),
+        ("image_size", 32, 2**15),
+        ("workers", 0, most_workers),
+    ):
         value = getattr(arguments, name)
-        if value is not None and value < least:
-            option = "--" + name.replace("_", "-")
-            raise DataError(f"{option} {value}: expected {least} or more")
+        if value is None or least <= value <= most:
+            continue
+        expected = f"{least} or more" if value < least else f"at most {most}"
+        raise DataError(f"--{name.replace('_', '-')} {value}: expected {expected}")
     if not 0 <= arguments.seed < 2**32:
         raise DataError(f"--seed {arguments.seed}: expected 0 to 2**32-1")
     for name in ("data", "out"):
