@@ -1,6 +1,6 @@
 """Sites of few values, at which nothing runs fused: remembered, and left to their modules at once.
 
-Whether a site runs fused is asked at each call, which takes some 60 us; a layer of few values takes little
+Whether a site runs fused is asked at each call, which takes up to 60 us; a layer of few values takes little
 more. What is remembered is about speed alone: the modules compute what the site would.
 """
 
