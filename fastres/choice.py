@@ -24,14 +24,13 @@ def for_ours(
     kept = not training and is_kept(weight)
     geometry = tuple(tuple(each) if type(each) is list else each for each in geometry)
     kind = (
-        _kind_of(input),
-        _kind_of(weight),
-        None if residual is None else _kind_of(residual),
+        kind_of(input),
+        kind_of(weight),
+        None if residual is None else kind_of(residual),
         geometry,
         training,
         needs_grad,
         kept,
-        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
         state(),
     )
     by = _known.get(kind, _known)
@@ -43,7 +42,8 @@ def for_ours(
     return by if by is not None and _fit(input, weight, vectors) else None
 
 
-def _kind_of(tensor) -> tuple:
+def kind_of(tensor) -> tuple:
+    """What of a tensor a choice depends on."""
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
@@ -78,8 +78,9 @@ def _asked(input, weight, residual, geometry, training, needs_grad, kept) -> con
 
 
 def state() -> tuple:
-    """What a choice holds for besides a layer's sizes and dtypes: with another state it may be another."""
-    return torch.get_num_threads(), _C.cpu_isa(), kernels.few_values, *tuning.state()
+    """What a choice holds for besides a layer's tensors: with another state it may be another."""
+    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+    return autocast, torch.get_num_threads(), _C.cpu_isa(), kernels.few_values, *tuning.state()
 
 
 def _name(dtype: torch.dtype) -> str:

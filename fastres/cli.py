@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return _main(argv, chosen)
         except KeyboardInterrupt:  # also while PyTorch is imported
-            print(f"\nfastres {chosen}: interrupted", file=sys.stderr)
+            print(f"\n{' '.join(filter(None, ('fastres', chosen)))}: interrupted", file=sys.stderr)
             return 130
         finally:
             sys.stdout.flush()  # here and not at exit, where a closed pipe could no longer be dealt with

@@ -111,9 +111,8 @@ def covered(
     if not (same_dtype or (torch.is_autocast_enabled("cpu") and weight.dtype in (dtype, torch.float32))):
         return None
     batch, channels, height, width = by.output_size(input, weight)
-    if surely(height < 1) or surely(batch * height * width < _LEAST_PIXELS):
-        return None
-    if surely(0 in weight.shape[2:]):  # which F.conv2d refuses
+    no_kernel = surely(0 in weight.shape[2:])  # which F.conv2d refuses
+    if no_kernel or surely(height < 1) or surely(batch * height * width < _LEAST_PIXELS):
         return None
     fits = residual is None or (
         residual.shape == (batch, channels, height, width)

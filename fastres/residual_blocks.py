@@ -99,8 +99,7 @@ def fitting(block: Block, input: Tensor) -> tuple[Geometry, ...] | None:
         if cases.why_not_channels(weight.size(0), dtype, input.device, *vectors) is not None:
             return None
         weights.append((weight.shape, weight.dtype, weight.device, layer.geometry[3]))
-    autocast, needs_grad = torch.is_autocast_enabled("cpu"), input.requires_grad
-    kind = input.shape, dtype, autocast, needs_grad, block.projected, by, *weights, choice.state()
+    kind = input.shape, dtype, input.requires_grad, block.projected, by, *weights, choice.state()
     fits = _known.get(kind)  # which another thread may clear
     if fits is None:
         if len(_known) >= _MOST_KNOWN:

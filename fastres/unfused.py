@@ -30,23 +30,13 @@ def kind_of(conv: nn.Module, bn: nn.Module, input: Tensor) -> tuple | None:
     """
     if torch.compiler.is_dynamo_compiling() or listening() is not None:
         return None
-    parameters = conv._parameters
-    weight = parameters.get("weight")
-    if weight is None or (bn.training and parameters.get("bias") is not None):  # which a site leaves out
+    if type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d:
         return None
-    return (
-        input.shape,
-        input.stride(),
-        input.dtype,
-        input.device,
-        input.requires_grad,
-        weight.dtype,
-        weight.requires_grad,
-        bn.training,
-        torch.is_grad_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        choice.state(),
-    )
+    weight, bias = map(conv._parameters.get, ("weight", "bias"))
+    if weight is None or (bn.training and bias is not None):  # which a site leaves out
+        return None
+    of_tensors = choice.kind_of(input), weight.dtype, weight.requires_grad
+    return *of_tensors, bn.training, torch.is_grad_enabled(), choice.state()
 
 
 def are_left(conv: nn.Module, bn: nn.Module, kind: tuple | None) -> bool | None:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import library
 from torch.utils.data import TensorDataset
 
-from fastres import _C, convolution, kernels, residual_blocks, sequences, tuning
+from fastres import _C, choice, convolution, kernels, residual_blocks, sequences, tuning
 from fastres.recompute import set_recompute
 from fastres.train import data as train_data
 
@@ -121,8 +121,9 @@ def few_values(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _no_known_blocks(monkeypatch):
-    """What holds for a block is found out anew by each test, which may change what it depends on."""
+def _nothing_known(monkeypatch):
+    """What holds for a layer or block each test finds out anew, which may change what it depends on."""
+    monkeypatch.setattr(choice, "_known", {})
     monkeypatch.setattr(residual_blocks, "_known", {})
 
 

@@ -29,6 +29,12 @@ def channels_last(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
+def without_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, its storage resized as offloading does it."""
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 def is_node(output: torch.Tensor) -> bool:
     return output.grad_fn is not None and "_ConvBnAct" in output.grad_fn.name()
 

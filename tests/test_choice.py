@@ -14,7 +14,6 @@ pytestmark = pytest.mark.usefixtures("small_layers")
 def asked(monkeypatch):
     calls, own = [], convolution.covered
     monkeypatch.setattr(convolution, "covered", lambda *args: calls.append(args) or own(*args))
-    monkeypatch.setattr(choice, "_known", {})
     return calls
 
 
@@ -95,7 +94,6 @@ def test_autocast(asked):
 
 
 def test_only_so_many_are_remembered(monkeypatch):
-    monkeypatch.setattr(choice, "_known", {})
     monkeypatch.setattr(choice, "_MOST_KNOWN", 3)
     for height in range(4, 12):
         Layer(input=channels_last(torch.randn(2, 32, height, 8)))()

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from convolving import poisoned
-from layers import assert_accurate, channels_last
+from layers import assert_accurate, channels_last, without_memory
 from saving import kept
 from torch import library, nn
 from torch.nn import functional as F
@@ -214,11 +214,6 @@ def _backward(grad=None, index=None, save=torch.float64):
         output if grad is None else grad(output), X, own if index is None else index(own), None, None,
         mean.to(save), rstd, True, (3, 3), (2, 2), (1, 1),
     )  # fmt: skip
-
-
-def without_memory(tensor):
-    tensor.untyped_storage().resize_(0)
-    return tensor
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from blocks import by_layers
-from layers import channels_last
+from layers import channels_last, without_memory
 from torch import nn
 
 import fastres
@@ -86,11 +86,6 @@ def test_a_parameter_without_memory_is_an_error():
         fastres.ops.conv_bn_relu(
             channels_last(torch.randn(4, 64, 9, 10)), conv.weight, None, None, training=True
         )
-
-
-def without_memory(tensor):
-    tensor.untyped_storage().resize_(0)
-    return tensor
 
 
 @pytest.mark.parametrize("memory", [channels_last, torch.Tensor.contiguous], ids=["nhwc", "nchw"])

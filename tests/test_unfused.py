@@ -190,3 +190,11 @@ def test_stock_layers_are_stock_layers():
     assert kept_by(model, input) < expected
     with sites.stock():
         assert kept_by(model, input) == expected
+
+
+@pytest.mark.parametrize("at", [0, 1, 2], ids=["convolution", "batch norm", "ReLU"])
+def test_a_part_in_torchscript_is_called(at):
+    model, input = fastres.fuse(nn.Sequential(*layer())), images()
+    model[at] = torch.jit.script(model[at])
+    stock = fastres.unfuse(model)
+    torch.testing.assert_close(model(input), stock(input), rtol=0, atol=0)
